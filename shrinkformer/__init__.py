@@ -1,0 +1,41 @@
+"""Make a trained transformer really smaller and faster under a MAC budget, without retraining.
+
+>>> import shrinkformer
+>>> pruned = shrinkformer.prune_model(model, batches, mu=0.5)   # doctest: +SKIP
+>>> shrinkformer.save(pruned.model, "smaller", plan=pruned.plan)   # doctest: +SKIP
+>>> model = shrinkformer.load("smaller")   # doctest: +SKIP
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shrinkformer.prune.budget import Budget as Budget
+    from shrinkformer.prune.checkpoint import load as load
+    from shrinkformer.prune.checkpoint import save as save
+    from shrinkformer.prune.plan import Plan as Plan
+    from shrinkformer.prune.pruner import Calibrated as Calibrated
+    from shrinkformer.prune.pruner import Pruned as Pruned
+    from shrinkformer.prune.pruner import calibrate as calibrate
+    from shrinkformer.prune.pruner import prune_model as prune_model
+
+# Imported on first use: `import shrinkformer` must not take the seconds that torch and transformers take.
+_EXPORTS = {
+    "Budget": "shrinkformer.prune.budget",
+    "Calibrated": "shrinkformer.prune.pruner",
+    "Plan": "shrinkformer.prune.plan",
+    "Pruned": "shrinkformer.prune.pruner",
+    "calibrate": "shrinkformer.prune.pruner",
+    "load": "shrinkformer.prune.checkpoint",
+    "prune_model": "shrinkformer.prune.pruner",
+    "save": "shrinkformer.prune.checkpoint",
+}
+
+__all__ = ["Budget", "Calibrated", "Plan", "Pruned", "calibrate", "load", "prune_model", "save"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

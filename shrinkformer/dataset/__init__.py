@@ -1,0 +1,1 @@
+"""Tasks, their data, and what is bundled for the demo."""

@@ -1,0 +1,1 @@
+"""MACs, parameters, latency and memory."""

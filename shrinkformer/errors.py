@@ -1,0 +1,33 @@
+"""The errors this package raises on purpose.
+
+Every message says what is wrong, where (flag, file or layer), the value, and what to do about it, in one line.
+Commands turn :class:`InputError` into exit code 2 and every other :class:`ShrinkformerError` into exit code 1.
+"""
+
+
+class ShrinkformerError(Exception):
+    """Base class of everything that this package raises on purpose."""
+
+
+class InputError(ShrinkformerError, ValueError):
+    """Something the user passed is wrong: a flag, a file, a folder. Found before any model is loaded."""
+
+
+class DataError(InputError):
+    """A data set or a file with examples is missing or does not have the columns that a task needs."""
+
+
+class CheckpointError(ShrinkformerError):
+    """A folder is not a checkpoint that can be read, or it does not fit the task."""
+
+
+class UnsupportedModelError(ShrinkformerError):
+    """No architecture record fits the model."""
+
+
+class BudgetError(ShrinkformerError):
+    """No model of this architecture can meet the requested budget."""
+
+
+class NumericalError(ShrinkformerError):
+    """Statistics or a factorisation are not usable: NaN, infinity, or no rank at all."""

@@ -1,0 +1,1 @@
+"""Statistics, column selection, budget, refit and surgery."""

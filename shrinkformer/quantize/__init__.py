@@ -1,0 +1,1 @@
+"""GPTQ-style quantization (not built yet; see the issues)."""

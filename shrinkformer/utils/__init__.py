@@ -1,0 +1,1 @@
+"""What truly has no better home."""
