@@ -1,0 +1,114 @@
+"""Multiply-accumulate operations (MACs): the currency of the pruning budget.
+
+The formula is that of Kwon et al., "A Fast Post-Training Pruning Framework for Transformers" (arXiv 2204.09656): only
+what pruning can remove is counted, that is the attention projections, the two products with the attention matrix, and
+the feed-forward layers. Embeddings, pooler, classifier, norms and biases are left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from shrinkformer.errors import UnsupportedModelError
+from shrinkformer.utils.modes import evaluation_mode
+
+
+def head_macs(sequence_length: float, hidden_size: int, head_size: int) -> float:
+    """MACs of one attention head for one sequence: 4 L d dh (query, key, value, output) + 2 L^2 dh (scores, context).
+
+    Args:
+        sequence_length: L, tokens; a mean over a data set may be fractional.
+        hidden_size: d, width of the residual stream.
+        head_size: dh, width of the head.
+
+    >>> head_macs(128, 768, 64)
+    27262976
+    """
+    return 4 * sequence_length * hidden_size * head_size + 2 * sequence_length**2 * head_size
+
+
+def neuron_macs(sequence_length: float, hidden_size: int, gated: bool = False) -> float:
+    """MACs of one feed-forward neuron for one sequence: 2 L d (in, out), 3 L d with a gate.
+
+    Args:
+        sequence_length: L, tokens.
+        hidden_size: d, width of the residual stream.
+        gated: whether the neuron has a gate, as in Llama.
+
+    >>> neuron_macs(128, 768)
+    196608
+    """
+    return (3 if gated else 2) * sequence_length * hidden_size
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """What one transformer layer keeps."""
+
+    heads: int
+    head_size: int
+    neurons: int
+    gated: bool = False
+
+
+def model_macs(layers: Sequence[LayerSize], hidden_size: int, sequence_length: float) -> float:
+    """MACs of all layers for one sequence.
+
+    Args:
+        layers: sizes of each layer; they may differ.
+        hidden_size: d, width of the residual stream.
+        sequence_length: L, tokens.
+
+    >>> model_macs([LayerSize(heads=12, head_size=64, neurons=3072)] * 12, 768, 128) / 1e9  # BERT-base
+    11.173625856
+    """
+    return sum(
+        layer.heads * head_macs(sequence_length, hidden_size, layer.head_size)
+        + layer.neurons * neuron_macs(sequence_length, hidden_size, layer.gated)
+        for layer in layers
+    )
+
+
+def count_matmul_macs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
+    """Count the MACs of the matrix products that a forward pass really does inside the transformer layers.
+
+    Independent of :func:`model_macs`: PyTorch's operator counter sees every product, whatever the code looks like. The
+    layers are the model's outermost ``nn.ModuleList``s (so embeddings, pooler and classifier stay outside). Fused
+    attention is taken apart for the count, so eager and sdpa models give the same figure; flash and flex kernels that a
+    model calls by itself are not seen.
+
+    Args:
+        model: a transformers model; its training mode is restored.
+        batch: keyword arguments of the model, tensors of shape (examples, tokens); padded tokens count.
+
+    Returns:
+        MACs of the whole batch: ``examples`` times the figure of one sequence.
+
+    Raises:
+        UnsupportedModelError: the model has no ``nn.ModuleList`` of layers.
+    """
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if not outermost:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no nn.ModuleList of layers; pass the transformers model itself, not a wrapper"
+        )
+    counter = FlopCounterMode(display=False)
+    with evaluation_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**batch)
+    flops = sum(
+        sum(operators.values())
+        for name, operators in counter.get_flop_counts().items()
+        if _is_child_of(name, outermost)
+    )
+    return int(flops) // 2
+
+
+def _is_child_of(counted: str, lists: Sequence[str]) -> bool:
+    """Whether a counter's name, ``ClassName.path.to.layers.3``, is a direct child of one of the named lists."""
+    path = counted.partition(".")[2]
+    return path.rpartition(".")[0] in lists
