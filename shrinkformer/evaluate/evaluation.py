@@ -1,0 +1,254 @@
+"""How good a model is at its task: one forward pass over each evaluation split, then the metrics of the task."""
+
+import inspect
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from shrinkformer.dataset.encoding import Encoded, padded_batches
+from shrinkformer.dataset.tasks import Task
+from shrinkformer.errors import CheckpointError, DataError, NumericalError
+from shrinkformer.evaluate.answers import extract_answers
+from shrinkformer.evaluate.scores import count_examples, require_labels, score_answers, score_labels
+from shrinkformer.utils.modes import evaluation_mode
+
+Array = NDArray[np.float32]
+
+_LABEL_NAMES = {
+    "mnli": ("entailment", "neutral", "contradiction"),
+    "qnli": ("entailment", "not_entailment"),
+    "rte": ("entailment", "not_entailment"),
+    "sst2": ("negative", "positive"),
+    "mrpc": ("not_equivalent", "equivalent"),
+    "qqp": ("not_duplicate", "duplicate"),
+    "cola": ("unacceptable", "acceptable"),
+}
+"""Class names of GLUE in the order of its label numbers (the ``ClassLabel`` of nyu-mll/glue)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found and what it cost."""
+
+    metrics: dict[str, float]
+    """``{"accuracy": .83, "accuracy_stderr": .006, ...}``; GLUE in 0..1, SQuAD in percent; ``_mm`` marks MNLI's
+    mismatched split."""
+    examples: int
+    """Sentences, pairs or questions, over all splits."""
+    tokens: int
+    """Tokens that went through the model, padding excluded."""
+    seconds: float
+    """Wall time of everything: model, answers and metrics."""
+    logits: dict[str, Array] | None = field(default=None, repr=False, compare=False)
+    """By split, only on request: (examples, labels); (windows, positions, start and end), NaN behind a window's end;
+    or (pairs, 1) cosines."""
+
+
+def evaluate_model(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    splits: Mapping[str, Encoded],
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+    keep_logits: bool = False,
+) -> Evaluation:
+    """Measure a model on a task.
+
+    Args:
+        model: a transformers model with the head of the task: ``.logits`` (classification, regression),
+            ``.start_logits`` and ``.end_logits`` (question answering), ``.last_hidden_state`` (similarity: mean over
+            the unpadded tokens, normalised, cosine). Moved to ``device``; its training mode is restored.
+        tokenizer: pads the features.
+        task: what is measured.
+        splits: the tokenised data by split, such as ``validation``, or ``validation_matched`` and
+            ``validation_mismatched`` for MNLI.
+        batch_size: features per forward pass; the figures do not depend on it but for rounding.
+        device: where the model runs.
+        progress: show a progress bar with the time left.
+        keep_logits: return the outputs of the model as well.
+
+    Returns:
+        The figures, each with its standard error.
+
+    Raises:
+        DataError: no split, fewer than two examples, or no labels.
+        CheckpointError: the number of outputs does not fit the task.
+        NumericalError: the model produced NaN or infinity.
+    """
+    if not splits:
+        raise DataError(f"task {task.name}: no evaluation split was given; it has {', '.join(task.evaluation_splits)}")
+    began = time.perf_counter()
+    metrics: dict[str, float] = {}
+    outputs: dict[str, Array] = {}
+    examples = 0
+    for split, encoded in splits.items():
+        require_labels(task, split, encoded)
+    with evaluation_mode(model), torch.no_grad():
+        model.to(device)
+        for split, encoded in splits.items():
+            figures, outputs[split] = _evaluate_split(
+                model, tokenizer, task, encoded, split=split, batch_size=batch_size, progress=progress
+            )
+            examples += count_examples(task, encoded)
+            metrics |= _with_suffix(figures, _suffix(task, split, len(splits)))
+    return Evaluation(
+        metrics=metrics,
+        examples=examples,
+        tokens=sum(encoded.tokens for encoded in splits.values()),
+        seconds=time.perf_counter() - began,
+        logits=outputs if keep_logits else None,
+    )
+
+
+def _evaluate_split(
+    model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, *, split: str, batch_size: int, progress: bool
+) -> tuple[dict[str, float], Array]:
+    """Figures and model outputs of one split."""
+    with tqdm(total=len(encoded.features), desc=f"{task.name} {split}", unit="example", disable=not progress) as bar:
+        rows = _forward(model, tokenizer, task, encoded, batch_size=batch_size, bar=bar)
+    where = f"task {task.name}, {split}"
+    if task.kind == "question_answering":
+        return _judge_answers(tokenizer, task, encoded, _pad_rows(rows, where))
+    output = np.stack(rows)
+    _require_finite(output, where)
+    if task.kind == "similarity":
+        output = np.einsum("ij,ij->i", *np.split(output, 2))[:, None]
+    else:
+        output = _in_task_order(model, task, output)
+    predictions = output.argmax(axis=1) if task.kind == "classification" else output[:, 0].astype(np.float64)
+    return score_labels(task, predictions, encoded.labels or []), output
+
+
+def _forward(
+    model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, *, batch_size: int, bar: Any
+) -> list[NDArray[np.float32]]:
+    """One float32 array per feature, in the order of the features.
+
+    Classification and regression: (labels,). Question answering: (tokens, 2). Similarity: (hidden size,), length 1.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    device = next(model.parameters()).device
+    rows: list[Array] = [np.zeros(0, dtype=np.float32)] * len(encoded.features)
+    for indices, batch in padded_batches(encoded.features, tokenizer, batch_size):
+        known = {name: value for name, value in batch.items() if name in accepted or "input_ids" not in accepted}
+        inputs = {name: value.to(device) for name, value in known.items()}
+        mask = batch["attention_mask"].bool()
+        output = _read(model(**inputs), mask.to(device), task).float().cpu()
+        for row, index in enumerate(indices):
+            one = output[row][mask[row]] if task.kind == "question_answering" else output[row]
+            rows[index] = one.numpy()
+        bar.update(len(indices))
+    return rows
+
+
+def _read(output: Any, mask: torch.Tensor, task: Task) -> torch.Tensor:
+    """The part of a model's output that the task is judged by; ``mask`` is the (batch, length) attention mask."""
+    wanted = {"question_answering": "start_logits", "similarity": "last_hidden_state"}.get(task.kind, "logits")
+    if getattr(output, wanted, None) is None:
+        raise CheckpointError(f"task {task.name} needs a model with {wanted}, got {type(output).__name__}")
+    if task.kind == "question_answering":
+        return torch.stack((output.start_logits, output.end_logits), dim=-1)
+    if task.kind != "similarity":
+        return torch.as_tensor(output.logits)
+    weights = mask.unsqueeze(-1).float()
+    pooled = (output.last_hidden_state.float() * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+    return nn.functional.normalize(pooled, dim=-1)
+
+
+def _in_task_order(model: nn.Module, task: Task, logits: Array) -> Array:
+    """Check the number of columns and bring them into GLUE's order where the checkpoint names its classes."""
+    if logits.shape[1:] != (task.num_labels,):
+        raise CheckpointError(
+            f"task {task.name} has {task.num_labels} labels, the model gives outputs of shape {logits.shape[1:]}; "
+            "use a checkpoint that was fine-tuned for this task"
+        )
+    columns = label_columns(task, getattr(model, "config", None))
+    return logits if columns is None else logits[:, columns]
+
+
+def label_columns(task: Task, config: Any) -> list[int] | None:
+    """Which output of a classifier stands for each of GLUE's labels.
+
+    Args:
+        task: the task.
+        config: the model's configuration; its ``label2id`` is used when it names exactly GLUE's classes, whatever
+            their case (``LABEL_0`` and the like say nothing).
+
+    Returns:
+        One output index per GLUE label, or None when the outputs are taken as they are.
+    """
+    names = _LABEL_NAMES.get(task.name, ())
+    label2id = getattr(config, "label2id", None) or {}
+    numbers = {str(name).lower().replace("-", "_").replace(" ", "_"): int(value) for name, value in label2id.items()}
+    if not names or set(numbers) != set(names) or sorted(numbers.values()) != list(range(len(names))):
+        return None
+    return [numbers[name] for name in names]
+
+
+def _judge_answers(tokenizer: Any, task: Task, encoded: Encoded, logits: Array) -> tuple[dict[str, float], Array]:
+    """Figures of the answers that (windows, positions, 2) logits stand for."""
+    if encoded.windows is None or encoded.examples is None:  # for the type checker: require_labels has looked
+        raise DataError(f"task {task.name}: the encoded data has no windows")
+    version_2 = task.name == "squad_v2"
+    columns = set(encoded.examples.column_names) & {"id", "context", "answers"}
+    questions = {name: list(encoded.examples[name]) for name in columns}
+    answers = extract_answers(
+        logits[..., 0],
+        logits[..., 1],
+        encoded.windows,
+        questions["context"],
+        allow_no_answer=version_2,
+        null_positions=_null_positions(tokenizer, encoded),
+    )
+    return score_answers(task, [answer.text for answer in answers], questions, version_2=version_2), logits
+
+
+def _null_positions(tokenizer: Any, encoded: Encoded) -> NDArray[np.int64]:
+    """Position of the classification token in every feature (0 where there is none)."""
+    token = tokenizer.cls_token_id
+    ids = (feature["input_ids"] for feature in encoded.features)
+    return np.array([row.index(token) if token in row else 0 for row in ids], dtype=np.int64)
+
+
+def _pad_rows(rows: list[Array], where: str) -> Array:
+    """Stack (tokens, 2) arrays to (windows, most tokens, 2), NaN behind each window's end."""
+    padded = np.full((len(rows), max(map(len, rows), default=1), 2), np.nan, dtype=np.float32)
+    for index, row in enumerate(rows):
+        _require_finite(row, where)
+        padded[index, : len(row)] = row
+    return padded
+
+
+def _require_finite(values: Array, where: str) -> None:
+    """Raise a NumericalError for NaN or infinity."""
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise NumericalError(
+            f"{where}: {bad} of {values.size} outputs of the model are NaN or infinite; "
+            "check the checkpoint, or run it in float32"
+        )
+
+
+def _suffix(task: Task, split: str, splits: int) -> str:
+    """What tells the figures of a split from those of the others: nothing for the main one, ``_mm`` for mismatched."""
+    if split == "validation_mismatched":
+        return "_mm"
+    return "" if splits == 1 or split == task.evaluation_splits[0] else f"_{split}"
+
+
+def _with_suffix(figures: Mapping[str, float], suffix: str) -> dict[str, float]:
+    """``accuracy`` -> ``accuracy_mm``, ``accuracy_stderr`` -> ``accuracy_mm_stderr``."""
+    return {
+        f"{name.removesuffix('_stderr')}{suffix}{'_stderr' if name.endswith('_stderr') else ''}": value
+        for name, value in figures.items()
+    }
