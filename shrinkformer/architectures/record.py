@@ -1,0 +1,79 @@
+"""The shape of an architecture record."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """Where the attention sublayer of one block lives; paths are relative to the block.
+
+    Attributes:
+        module: The module that splits its projections into heads.
+        query: Linear layer that makes the queries.
+        key: Linear layer that makes the keys.
+        value: Linear layer that makes the values.
+        output: Linear layer that consumes the concatenated heads.
+        head_size_attribute: Attribute of ``module`` with the size of one head.
+        heads_attributes: Attributes of ``module`` that hold the number of heads.
+        width_attributes: Attributes of ``module`` that hold number of heads times head size.
+    """
+
+    module: str
+    query: str
+    key: str
+    value: str
+    output: str
+    head_size_attribute: str
+    heads_attributes: tuple[str, ...]
+    width_attributes: tuple[str, ...] = ()
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """The layers whose output rows disappear with a head."""
+        return (self.query, self.key, self.value)
+
+
+@dataclass(frozen=True)
+class FeedForwardRecord:
+    """Where the feed-forward sublayer of one block lives; paths are relative to the block.
+
+    Attributes:
+        inputs: Linear layers whose output rows are the neurons: one, or gate and up for a gated sublayer.
+        output: Linear layer that consumes the neurons.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+
+    @property
+    def gated(self) -> bool:
+        """Whether a neuron is the product of two projections."""
+        return len(self.inputs) > 1
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything the pruner needs to know about one ``config.model_type``.
+
+    Attributes:
+        model_type: Key of the record, ``config.model_type``.
+        layers: Path of the list of blocks, relative to the base model (without task head).
+        attention: The attention sublayer of a block.
+        feed_forward: The feed-forward sublayer of a block.
+        heads_key: Name of the number of heads in ``config`` and in ``per_layer_config``.
+        neurons_key: Name of the feed-forward width in ``config`` and in ``per_layer_config``.
+        positions_follow_padding: Position ids start behind the padding id, so that many positions cannot be used.
+    """
+
+    model_type: str
+    layers: str
+    attention: AttentionRecord
+    feed_forward: FeedForwardRecord
+    heads_key: str = "num_attention_heads"
+    neurons_key: str = "intermediate_size"
+    positions_follow_padding: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON, for the checkpoint: its loader must not depend on this package."""
+        return asdict(self)

@@ -1,0 +1,154 @@
+"""Fixtures that many tests share: tiny models built from configs, nothing downloaded."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: a test that asks the hub by mistake fails at once
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "man",
+    "woman",
+    "child",
+    "sees",
+    "likes",
+    "eats",
+    "finds",
+    "holds",
+    "small",
+    "big",
+    "red",
+    "blue",
+    "old",
+    "new",
+    "house",
+    "tree",
+    "river",
+    "street",
+    "book",
+    "song",
+    "runs",
+    "sleeps",
+    "sings",
+    "never",
+    "always",
+    "today",
+    "and",
+    "or",
+    "not",
+    "is",
+    "was",
+    "good",
+    "bad",
+    "film",
+    "story",
+]
+
+# The architecture records under test: class stem and the config's names for the same six sizes.
+FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
+    "bert": ("Bert", {}),
+    "distilbert": (
+        "DistilBert",
+        {
+            "hidden_size": "dim",
+            "num_attention_heads": "n_heads",
+            "num_hidden_layers": "n_layers",
+            "intermediate_size": "hidden_dim",
+        },
+    ),
+    "roberta": ("Roberta", {}),
+    "electra": ("Electra", {}),
+}
+
+ModelFactory = Callable[..., PreTrainedModel]
+
+
+def build_model(family: str = "bert", head: str = "ForSequenceClassification", *, seed: int = 0, **sizes: Any) -> Any:
+    """A tiny model with random weights; the global generator is left as it was."""
+    stem, names = FAMILIES[family]
+    wanted = {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "intermediate_size": 64,
+        "vocab_size": len(WORDS) + 5,
+        "max_position_embeddings": 80,
+        "num_labels": 2,
+        "initializer_range": 0.15,  # large enough for layers to differ, as trained ones do
+    } | sizes
+    arguments = {names.get(key, key): value for key, value in wanted.items()}
+    if family == "electra":
+        arguments["embedding_size"] = wanted["hidden_size"]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = getattr(transformers, f"{stem}Config")(**arguments)
+        model = getattr(transformers, f"{stem}{head}")(config)
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(weight, std=0.1)
+    return model.eval()
+
+
+def build_tokenizer(pad_left: bool = False) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that a BERT would have."""
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        padding_side="left" if pad_left else "right",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def make_batches(lengths: list[int], *, batch_size: int, seed: int = 0, vocabulary: int = 40) -> list[dict[str, Any]]:
+    """Model inputs of the given lengths, padded on the right; the same tokens whatever the batch size."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(5, vocabulary, (length,), generator=generator) for length in lengths]
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        group = rows[start : start + batch_size]
+        ids = torch.nn.utils.rnn.pad_sequence(group, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in group], batch_first=True)
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+@pytest.fixture
+def batches() -> list[dict[str, Any]]:
+    """Calibration inputs: 48 examples, 3 to 20 tokens long."""
+    return make_batches([3 + index % 18 for index in range(48)], batch_size=8)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A tiny BERT classifier with its tokenizer, saved as users have it."""
+    folder = tmp_path / "tiny-bert"
+    build_model().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
