@@ -1,0 +1,173 @@
+"""Save a pruned model so that others can load it, and load it again.
+
+The folder is an ordinary Hugging Face folder. Sizes per block stand in ``config.json`` in transformers' own
+``per_layer_config``; the classes that read them travel in the folder (``pruned_modeling.py``, named in ``auto_map``),
+because the stock classes of transformers do not yet.
+"""
+
+import importlib.metadata
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from shrinkformer.architectures import find_architecture, layer_views
+from shrinkformer.errors import CheckpointError
+from shrinkformer.prune import pruned_modeling
+from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.pruned_modeling import PREFIX
+
+FORMAT = 1
+PLAN_FILE = "shrinkformer_plan.json"
+
+_AUTO_CLASSES = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForMultipleChoice": "AutoModelForMultipleChoice",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+}
+
+_EXTRAS = (  # what sentence-transformers needs beside the model
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
+
+
+def save(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    *,
+    plan: Plan | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: str | None = None,
+    extras_from: Path | None = None,
+) -> Path:
+    """Write a pruned model as a Hugging Face folder; all of it appears, or nothing.
+
+    Args:
+        model: The model; it is also what any reader of the folder gets, to the last bit.
+        directory: Where to; replaced when it is an earlier checkpoint of this package.
+        plan: What was kept and why, for the record.
+        tokenizer: Saved beside the model.
+        card: Text of the model card, README.md.
+        extras_from: Folder of the dense model; what other libraries need from it (pooling) is copied.
+
+    Raises:
+        CheckpointError: The folder exists and holds something else.
+    """
+    target = Path(directory)
+    if target.exists() and any(target.iterdir()) and not (target / PLAN_FILE).exists():
+        raise CheckpointError(f"{target} exists and is not a checkpoint of shrinkformer; choose another --save_dir.")
+    describe_sizes(model, plan)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        folder = Path(scratch) / target.name
+        _write_folder(model, folder, plan, tokenizer, card)
+        for name in _EXTRAS:
+            if extras_from is not None and (extras_from / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(extras_from / name, folder / name)
+        if target.exists():
+            os.replace(target, Path(scratch) / "replaced")
+        os.replace(folder, target)
+    return target
+
+
+def _write_folder(
+    model: PreTrainedModel, folder: Path, plan: Plan | None, tokenizer: PreTrainedTokenizerBase | None, card: str | None
+) -> None:
+    # A model that came from load() has our class; its config must name the stock one.
+    stock = _stock_class(model)
+    model.save_pretrained(folder)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text())
+    config["architectures"] = [stock.__name__]
+    config["auto_map"] = _auto_map(stock)
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    shutil.copyfile(inspect.getfile(pruned_modeling), folder / "pruned_modeling.py")
+    (folder / PLAN_FILE).write_text(plan.to_json() if plan is not None else "{}")
+    if tokenizer is not None:
+        if tokenizer.is_fast:  # else tokenizer.json keeps the lengths of the last call
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+        tokenizer.save_pretrained(folder)
+    if card is not None:
+        (folder / "README.md").write_text(card)
+
+
+def describe_sizes(model: PreTrainedModel, plan: Plan | None = None) -> None:
+    """Write the real size of every block, and where it came from, into ``model.config``."""
+    views = layer_views(model)
+    architecture = find_architecture(model.config.model_type)
+    model.config.per_layer_config = {
+        view.index: {architecture.heads_key: view.heads, architecture.neurons_key: view.neurons} for view in views
+    }
+    section: dict[str, Any] = {
+        **(getattr(model.config, "shrinkformer", None) or {}),
+        "format": FORMAT,
+        "architecture": architecture.to_dict(),
+        "head_size": views[0].head_size,
+        "layers": [{"heads": view.heads, "neurons": view.neurons} for view in views],
+        "versions": {
+            "shrinkformer": importlib.metadata.version("shrinkformer"),
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    }
+    if plan is not None:
+        section["plan"] = {
+            "method": plan.method,
+            "mu": plan.mu,
+            "seed": plan.seed,
+            "sequence_length": plan.sequence_length,
+            "dense_macs": plan.dense_macs,
+            "macs": plan.macs,
+            "heads": [list(layer.heads) for layer in plan.layers],  # which; neurons stand in the plan's own file
+        }
+    model.config.shrinkformer = section
+
+
+def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """Load a pruned model with the task head it was saved with.
+
+    Args:
+        directory: A folder that :func:`save` wrote.
+        **kwargs: Passed to ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ...
+
+    Raises:
+        CheckpointError: The folder is not there or not a checkpoint of this package.
+    """
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json; pass the folder that a pruning run wrote.")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if not getattr(config, "shrinkformer", None):
+        raise CheckpointError(f"{path} was not pruned by shrinkformer; load it with transformers' Auto classes.")
+    stock = getattr(transformers, config.architectures[0].removeprefix(PREFIX))
+    model: PreTrainedModel = getattr(pruned_modeling, PREFIX + stock.__name__).from_pretrained(path, **kwargs)
+    return model
+
+
+def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    return next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
+
+
+def _auto_map(stock: type[PreTrainedModel]) -> dict[str, str]:
+    """Which class of the folder each Auto class should use."""
+    module = Path(inspect.getfile(pruned_modeling)).stem
+    head = next((suffix for suffix in _AUTO_CLASSES if stock.__name__.endswith(suffix)), "Model")
+    family = stock.__name__.removesuffix(head)
+    entries = {"AutoModel": f"{module}.{PREFIX}{family}Model"}
+    if head in _AUTO_CLASSES:
+        entries[_AUTO_CLASSES[head]] = f"{module}.{PREFIX}{stock.__name__}"
+    return entries

@@ -1,0 +1,78 @@
+"""What a pruned model keeps: the result of every pruning method, and part of every checkpoint."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one block keeps.
+
+    Attributes:
+        heads: Indices of the heads that stay, ascending.
+        neurons: Indices of the neurons that stay, ascending.
+        attention_error: Relative error of the attention sublayer's output on the calibration examples, 0 to 1.
+        ffn_error: The same for the feed-forward sublayer.
+    """
+
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+    attention_error: float = 0.0
+    ffn_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pruned model keeps, and how that was decided.
+
+    Attributes:
+        method: Name of the pruning method.
+        mu: Fraction of the MACs that may stay.
+        seed: Seed of the calibration sample and of random methods.
+        sequence_length: Length in tokens at which MACs are counted.
+        dense_macs: MACs of the model before pruning.
+        macs: MACs of the model after pruning.
+        layers: One entry per block, first to last.
+    """
+
+    method: str
+    mu: float
+    seed: int
+    sequence_length: float
+    dense_macs: float
+    macs: float
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Fraction of the MACs that stays; never above ``mu``."""
+        return self.macs / self.dense_macs
+
+    @property
+    def heads(self) -> list[int]:
+        """Number of heads of each block."""
+        return [len(layer.heads) for layer in self.layers]
+
+    @property
+    def neurons(self) -> list[int]:
+        """Number of neurons of each block."""
+        return [len(layer.neurons) for layer in self.layers]
+
+    def to_json(self) -> str:
+        """The plan as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The plan that :meth:`to_json` wrote."""
+        fields: dict[str, Any] = json.loads(text)
+        layers: Sequence[dict[str, Any]] = fields.pop("layers")
+        return cls(
+            layers=tuple(
+                LayerPlan(tuple(layer["heads"]), tuple(layer["neurons"]), layer["attention_error"], layer["ffn_error"])
+                for layer in layers
+            ),
+            **fields,
+        )

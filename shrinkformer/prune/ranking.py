@@ -1,0 +1,92 @@
+"""Orders of a block's heads and neurons, most useful first."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shrinkformer.architectures import LayerView
+from shrinkformer.prune.interpolative import group_order, pivoted_cholesky, schur_group_errors
+from shrinkformer.prune.moments import Moments
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """An order of the heads or neurons of one sublayer.
+
+    Attributes:
+        order: Indices, most useful first, ``(units,)``.
+        scores: What each position adds, non-increasing, ``(units,)``.
+        tails: Error of the sublayer's output when the first ``k`` are kept, at ``k``, ``(units + 1,)``.
+    """
+
+    order: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    tails: NDArray[np.float64]
+
+
+def gram(moments: Moments, centred: bool) -> Tensor:
+    """Second moments of a consumer's input, ``(n, n)`` float64: about the mean, or about zero."""
+    return moments.covariance() if centred else moments.second
+
+
+def rank_neurons_by_pivots(view: LayerView, moments: Moments, centred: bool) -> Ranking:
+    """Neurons in the order of a column-pivoted QR of their activations, weighted by what the consumer makes of them.
+
+    Source:
+        STAT, arXiv 2406.00061: columns are scaled by the norm of the consumer's weights before the pivoted QR; the
+        score of a neuron is its entry on the diagonal of R.
+    """
+    weights = view.feed_forward_output.weight.double().norm(dim=0)
+    factor = pivoted_cholesky(gram(moments, centred), weights=weights)
+    missing = view.neurons - factor.rank  # columns that the chosen ones explain fully
+    return Ranking(
+        order=factor.order.cpu().numpy(),
+        scores=np.pad(factor.diagonal.cpu().numpy(), (0, missing)),
+        tails=np.sqrt(np.pad(factor.residual.cpu().numpy().clip(min=0), (0, missing))),
+    )
+
+
+def rank_heads_by_pivots(view: LayerView, moments: Moments, centred: bool) -> Ranking:
+    """Heads in the order of a pivoted QR of whole heads, scored by what the block's output loses without the rest.
+
+    Source:
+        STAT's published code: the order comes from the context laid out as (tokens x head size, heads); the score of a
+        position is the norm of what the heads before it cannot explain, multiplied by the consumer's weights.
+    """
+    second = gram(moments, centred)
+    order = group_order(second, view.head_size)
+    tails = schur_group_errors(second, order, view.head_size, view.attention_output.weight.double().T)
+    errors = np.asarray(tails.cpu())
+    return Ranking(order=order.cpu().numpy(), scores=errors[:-1], tails=errors)
+
+
+def _by_score(scores: Tensor) -> Ranking:
+    """Rank by a score alone; its tail is what is left of the scores' squares."""
+    values, order = torch.sort(scores.double().cpu(), descending=True, stable=True)
+    tail = torch.cat([values.square().flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)]).sqrt()
+    return Ranking(order.numpy(), values.numpy(), tail.numpy())
+
+
+def rank_neurons_by_magnitude(view: LayerView) -> Ranking:
+    """Neurons by the product of the norms of the weights that make and consume them."""
+    score = view.feed_forward_output.weight.double().norm(dim=0)
+    for path in view.architecture.feed_forward.inputs:
+        score = score * view.linear(path).weight.double().norm(dim=1)
+    return _by_score(score)
+
+
+def rank_heads_by_magnitude(view: LayerView) -> Ranking:
+    """Heads by the product of the norms of their value and output weights."""
+    value = view.linear(view.architecture.attention.value).weight.double()
+    output = view.attention_output.weight.double()
+    by_head = (view.heads, -1)
+    return _by_score(value.reshape(by_head).norm(dim=1) * output.T.reshape(by_head).norm(dim=1))
+
+
+def rank_at_random(size: int, rng: np.random.Generator) -> Ranking:
+    """Any order is as good as another."""
+    order = rng.permutation(size)
+    return Ranking(order, np.linspace(1.0, 0.0, size, endpoint=False), np.linspace(1.0, 0.0, size + 1))

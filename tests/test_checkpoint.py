@@ -1,0 +1,152 @@
+"""The checkpoint contract: an ordinary Hugging Face folder that loads with and without this package."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from shrinkformer.errors import CheckpointError
+from shrinkformer.prune import pruned_modeling
+from shrinkformer.prune.checkpoint import load, save
+from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.pruner import Pruned, prune_model
+from tests.conftest import FAMILIES, build_model, build_tokenizer, make_batches
+
+# Runs where shrinkformer cannot be imported, as on a machine that has transformers only.
+ELSEWHERE = """
+import sys, torch, transformers
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "shrinkformer":
+            raise ImportError("shrinkformer is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+folder, auto, reference, again = sys.argv[1:]
+batch, expected = torch.load(reference, weights_only=True)
+for attention in ("eager", "sdpa"):
+    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, attn_implementation=attention)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**batch)[0], expected[attention]), attention
+model.save_pretrained(again)  # what someone who fine-tunes it further would do
+model = getattr(transformers, auto).from_pretrained(again, trust_remote_code=True, attn_implementation="sdpa")
+with torch.no_grad():
+    assert torch.equal(model.eval()(**batch)[0], expected["sdpa"])
+"""
+
+AUTO = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "Model": "AutoModel",
+}
+
+
+@pytest.fixture
+def pruned(batches: list[dict[str, Any]]) -> Pruned:
+    return prune_model(build_model(), batches, mu=0.5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loads_where_this_package_is_not_installed(family: str, tmp_path: Path, batches: list[dict[str, Any]]) -> None:
+    head = list(AUTO)[list(FAMILIES).index(family) % len(AUTO)]
+    result = prune_model(build_model(family, head), batches, mu=0.5)
+    folder = save(result.model, tmp_path / "small", plan=result.plan)
+    expected = {}
+    for attention in ("eager", "sdpa"):
+        result.model.set_attn_implementation(attention)
+        with torch.no_grad():
+            expected[attention] = result.model(**batches[0])[0]
+    torch.save((batches[0], expected), tmp_path / "reference.pt")
+    arguments = [str(folder), AUTO[head], str(tmp_path / "reference.pt"), str(tmp_path / "again")]
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(load(tmp_path / "again").eval()(**batches[0])[0], expected["sdpa"])
+
+
+def test_the_folder_holds_what_others_expect(pruned: Pruned, tmp_path: Path) -> None:
+    folder = save(pruned.model, tmp_path / "small", plan=pruned.plan, tokenizer=build_tokenizer(), card="# A card")
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "pruned_modeling.py"} <= names
+    assert not {name for name in names if name.endswith((".bin", ".pt", ".pkl"))}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["shrinkformer"]["plan"]["mu"] == 0.5
+    assert config["shrinkformer"]["layers"] == [
+        {"heads": heads, "neurons": neurons}
+        for heads, neurons in zip(pruned.plan.heads, pruned.plan.neurons, strict=True)
+    ]
+    assert Plan.from_json((folder / "shrinkformer_plan.json").read_text()) == pruned.plan
+    upstream = AutoConfig.from_pretrained(folder).per_layer_config
+    assert [layer.intermediate_size for layer in upstream] == pruned.plan.neurons
+    assert [layer.num_attention_heads for layer in upstream] == pruned.plan.heads
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        shape = file.get_slice("bert.encoder.layer.0.intermediate.dense.weight").get_shape()
+    assert shape == [pruned.plan.neurons[0], 32]
+
+
+def test_remote_code_is_the_packages_own_file(pruned: Pruned, tmp_path: Path) -> None:
+    folder = save(pruned.model, tmp_path / "small")
+    assert (folder / "pruned_modeling.py").read_text() == Path(pruned_modeling.__file__).read_text()
+    assert "shrinkformer." not in "".join(
+        line for line in (folder / "pruned_modeling.py").read_text().splitlines() if "import" in line
+    )
+
+
+def test_stock_classes_refuse_rather_than_load_wrong_sizes(pruned: Pruned, tmp_path: Path) -> None:
+    folder = save(pruned.model, tmp_path / "small")
+    with pytest.raises(Exception, match=r"per-layer|size mismatch|trust_remote_code"):
+        AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False)
+
+
+def test_saving_again_replaces_only_our_own(pruned: Pruned, tmp_path: Path) -> None:
+    save(pruned.model, tmp_path / "small")
+    save(pruned.model, tmp_path / "small")
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]  # no scratch folder left
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter1.tex").write_text("x")
+    with pytest.raises(CheckpointError, match="thesis exists and is not a checkpoint of shrinkformer"):
+        save(pruned.model, other)
+    assert (other / "chapter1.tex").exists()
+
+
+def test_a_failed_save_leaves_nothing(pruned: Pruned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(pruned.model), "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save(pruned.model, tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_precision_survives(pruned: Pruned, tmp_path: Path) -> None:
+    model = pruned.model.half()
+    folder = save(model, tmp_path / "small")
+    assert load(folder).dtype == torch.float16
+    batch = make_batches([7], batch_size=1)[0]
+    assert torch.equal(load(folder, dtype=torch.float32).eval()(**batch)[0], model.float()(**batch)[0])
+
+
+def test_loading_something_else(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        load(tmp_path)
+    build_model().save_pretrained(tmp_path / "dense")
+    with pytest.raises(CheckpointError, match="was not pruned by shrinkformer"):
+        load(tmp_path / "dense")
+
+
+def test_only_names_of_stock_models_become_classes() -> None:
+    with pytest.raises(AttributeError):
+        _ = pruned_modeling.PrunedNothing
+    with pytest.raises(AttributeError):
+        _ = pruned_modeling.PrunedAutoModel
+    assert pruned_modeling.PrunedBertModel is pruned_modeling.PrunedBertModel

@@ -1,0 +1,182 @@
+"""What pruning promises, whatever the architecture."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from shrinkformer.architectures import layer_views
+from shrinkformer.efficiency.macs import count_matmul_macs
+from shrinkformer.errors import InputError, NumericalError
+from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.methods import METHODS
+from shrinkformer.prune.moments import Moments
+from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.pruner import calibrate, prune_model
+from shrinkformer.prune.refit import refit_consumer
+from shrinkformer.prune.statistics import collect_statistics
+from shrinkformer.prune.stream import BlockStream, count_tokens
+from tests.conftest import build_model, make_batches
+
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+def kept(plan: Plan) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [(layer.heads, layer.neurons) for layer in plan.layers]
+
+
+def distance(model: Any, other: Any, batches: list[dict[str, Any]]) -> float:
+    """Mean KL divergence between two classifiers' answers."""
+    with torch.no_grad():
+        pairs = [(model(**batch).logits.log_softmax(-1), other(**batch).logits.log_softmax(-1)) for batch in batches]
+    return float(sum(functional.kl_div(b, a, log_target=True, reduction="sum") for a, b in pairs))
+
+
+@each_method
+@pytest.mark.parametrize("mu", [0.3, 0.5, 0.77])
+def test_macs_never_exceed_the_budget(method: str, mu: float, batches: list[dict[str, Any]]) -> None:
+    pruned = prune_model(build_model(), batches, mu=mu, method=method, sequence_length=16)
+    assert pruned.plan.ratio <= mu
+    smallest = 2 * 16 * 32 / pruned.plan.dense_macs  # one neuron
+    assert pruned.plan.ratio > mu - 2 * smallest
+    batch = make_batches([16], batch_size=1)[0]
+    counted = count_matmul_macs(pruned.model, batch)
+    assert counted == pytest.approx(pruned.plan.macs)
+
+
+@each_method
+def test_the_model_and_the_global_generators_are_left_alone(method: str, batches: list[dict[str, Any]]) -> None:
+    model = build_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    prune_model(model, batches, mu=0.5, method=method)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@each_method
+def test_the_same_seed_gives_the_same_plan(method: str, batches: list[dict[str, Any]]) -> None:
+    plans = [prune_model(build_model(), batches, mu=0.5, method=method, seed=3).plan for _ in range(2)]
+    assert plans[0] == plans[1]
+
+
+def test_random_methods_follow_the_seed(batches: list[dict[str, Any]]) -> None:
+    plans = [prune_model(build_model(), batches, mu=0.5, method="random", seed=seed).plan for seed in (0, 1)]
+    assert kept(plans[0]) != kept(plans[1])
+
+
+@pytest.mark.parametrize("method", ["stat", "stat-bias"])
+def test_more_budget_means_less_error(method: str, batches: list[dict[str, Any]]) -> None:
+    model = build_model().double()
+    calibrated = calibrate(model, batches, method=method)
+    results = [calibrated.prune(Budget(mu, 16.0)) for mu in (0.3, 0.5, 0.7, 0.9)]
+    worst = [max(layer.ffn_error for layer in result.plan.layers) for result in results]
+    assert worst == sorted(worst, reverse=True)
+    errors = [distance(model, result.model, batches) for result in results]
+    assert errors[0] > errors[1] > errors[3]
+    assert errors[0] > 3 * errors[3]
+
+
+def test_refit_beats_slicing_and_bias_helps(batches: list[dict[str, Any]]) -> None:
+    model = build_model()
+    error = {
+        name: distance(model, prune_model(model, batches, mu=0.5, method=name).model, batches)
+        for name in ("random", "random-refit", "stat", "stat-bias")
+    }
+    assert error["random-refit"] < error["random"]
+    assert error["stat-bias"] < error["random-refit"]
+    assert error["stat"] < error["random"]
+
+
+def test_one_calibration_serves_every_budget(batches: list[dict[str, Any]]) -> None:
+    model = build_model()
+    calibrated = calibrate(model, batches)
+    for mu in (0.4, 0.8):
+        alone = prune_model(model, batches, mu=mu, sequence_length=16)
+        together = calibrated.prune(Budget(mu, 16))
+        assert together.plan == alone.plan
+        assert all(
+            torch.equal(a, b) for a, b in zip(together.model.parameters(), alone.model.parameters(), strict=True)
+        )
+
+
+def test_refit_is_least_squares_with_an_intercept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 12, generator=generator, dtype=torch.float64) @ torch.randn(
+        12, 12, generator=generator, dtype=torch.float64
+    ) + torch.arange(12)
+    linear = torch.nn.Linear(12, 5).double()
+    moments = Moments.zeros(12)
+    moments.update(rows)
+    chosen = torch.tensor([0, 3, 4, 7, 9])
+    consumer = refit_consumer(linear, moments, chosen, centred=True)
+    design = np.column_stack([rows[:, chosen].numpy(), np.ones(200)])
+    target = linear(rows).detach().numpy()
+    expected, *_ = np.linalg.lstsq(design, target, rcond=None)
+    np.testing.assert_allclose(consumer.weight.T.numpy(), expected[:-1], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(consumer.bias.numpy(), expected[-1], rtol=1e-6, atol=1e-9)
+    centred = target - linear.bias.detach().numpy()
+    centred -= centred.mean(0)
+    residual = np.linalg.norm(target - design @ expected) / np.linalg.norm(centred)
+    assert consumer.error == pytest.approx(residual, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_the_stream_computes_what_the_model_computes(family: str, batches: list[dict[str, Any]]) -> None:
+    """Statistics gathered block by block equal those of one ordinary forward pass with hooks."""
+    model = build_model(family).double()
+    statistics = collect_statistics(model, batches)
+    assert statistics.tokens == count_tokens(batches)
+    for view, moments in zip(layer_views(model), statistics.layers, strict=True):
+        seen: list[torch.Tensor] = []
+        hook = view.feed_forward_output.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+        hook.remove()
+        rows = torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(seen, batches, strict=True)])
+        torch.testing.assert_close(moments.neurons.second, rows.T @ rows, rtol=1e-10, atol=1e-10)
+
+
+def test_the_stream_leaves_no_hook_behind_when_a_block_fails(batches: list[dict[str, Any]]) -> None:
+    model = build_model()
+    view = layer_views(model)[0]
+    stream = BlockStream(model, view.block, batches)
+    with pytest.raises(ZeroDivisionError):
+        stream.run(view.block, {view.attention_output: lambda rows: 1 / 0})
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_plan_survives_json(batches: list[dict[str, Any]]) -> None:
+    plan = prune_model(build_model(), batches, mu=0.5).plan
+    assert Plan.from_json(plan.to_json()) == plan
+    assert json.loads(plan.to_json())["mu"] == 0.5
+
+
+def test_labels_are_not_needed_and_do_not_matter(batches: list[dict[str, Any]]) -> None:
+    labelled = [{**batch, "labels": torch.zeros(len(batch["input_ids"]), dtype=torch.long)} for batch in batches]
+    plans = [prune_model(build_model(), some, mu=0.5).plan for some in (batches, labelled)]
+    assert plans[0] == plans[1]
+
+
+def test_broken_weights_are_named(batches: list[dict[str, Any]]) -> None:
+    model = build_model()
+    layer_views(model)[1].feed_forward_output.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match="NaN or infinity"):
+        prune_model(model, batches, mu=0.5)
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(InputError, match=r"--method 'best' is not known; choose one of stat"):
+        prune_model(build_model(), [], mu=0.5, method="best", sequence_length=8)
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_same_plan(batches: list[dict[str, Any]]) -> None:
+    plans = [prune_model(build_model().double().to(device), batches, mu=0.5).plan for device in ("cpu", "cuda")]
+    assert kept(plans[0]) == kept(plans[1])

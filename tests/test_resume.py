@@ -1,0 +1,80 @@
+"""A crash or a kill costs one block at most, and nothing foreign is taken up."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shrinkformer.architectures import layer_views
+from shrinkformer.errors import InputError
+from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.pruner import calibrate
+from shrinkformer.prune.resume import BlockStore, fingerprint
+from tests.conftest import ROOT, build_model, make_batches
+
+
+def test_resuming_gives_the_same_plan_and_repeats_only_one_block(batches: list[dict[str, Any]], tmp_path: Path) -> None:
+    model = build_model()
+    expected = calibrate(model, batches).prune(Budget(0.5, 16)).plan
+    key = fingerprint(model, batches)
+
+    broken = layer_views(model)[2].feed_forward_output.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(model, batches, store=BlockStore(tmp_path, key, resume=False))
+    broken.remove()
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["block0000.safetensors", "block0001.safetensors"]
+
+    written = []
+    store = BlockStore(tmp_path, key, resume=True)
+    write = store.write
+    store.write = lambda block, moments: (written.append(block), write(block, moments))[1]  # type: ignore[method-assign]
+    assert calibrate(model, batches, store=store).prune(Budget(0.5, 16)).plan == expected
+    assert written == [2]
+
+
+def test_other_weights_or_examples_are_refused(batches: list[dict[str, Any]], tmp_path: Path) -> None:
+    model = build_model()
+    calibrate(model, batches, store=BlockStore(tmp_path, fingerprint(model, batches), resume=False))
+    others = [fingerprint(build_model(seed=1), batches), fingerprint(model, make_batches([5, 6], batch_size=2))]
+    for key in others:
+        with pytest.raises(InputError, match=r"--resume: .* computed from other weights or calibration examples"):
+            BlockStore(tmp_path, key, resume=True)
+    BlockStore(tmp_path, others[0], resume=False)  # starting anew is always allowed
+    assert not tmp_path.exists()
+
+
+def test_a_torn_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "block0000.safetensors").write_bytes(b"half a fi")
+    with pytest.raises(InputError, match="--resume"):
+        BlockStore(tmp_path, "key", resume=True)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from shrinkformer.prune.pruner import calibrate
+from shrinkformer.prune.resume import BlockStore, fingerprint
+from tests.conftest import build_model, make_batches
+model, batches = build_model(), make_batches([5, 9, 7], batch_size=3)
+store = BlockStore(Path(sys.argv[1]), fingerprint(model, batches), resume=False)
+write = store.write
+def write_then_die(block, moments):
+    write(block, moments)
+    if block == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+store.write = write_then_die
+calibrate(model, batches, store=store)
+"""
+
+
+def test_a_killed_process_leaves_whole_blocks(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED.format(root=str(ROOT)), str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    model, batches = build_model(), make_batches([5, 9, 7], batch_size=3)
+    store = BlockStore(tmp_path, fingerprint(model, batches), resume=True)
+    assert [store.read(block) is not None for block in range(3)] == [True, True, False]
+    assert calibrate(model, batches, store=store).prune(Budget(0.5, 9)).plan.ratio <= 0.5
