@@ -112,7 +112,7 @@ def load_examples(path: Path, task: Task) -> datasets.Dataset:
         DataError: a missing, empty or unreadable file, an unknown file type, or missing columns.
     """
     if not path.is_file():
-        raise DataError(f"--data_file {path} does not exist; give a file with one example per line or row")
+        raise DataError(f"--calibration_file {path} does not exist; give a file with one example per line or row")
     columns: Sequence[str] = task.columns
     if path.suffix.lower() == ".txt":
         columns = task.columns if task.is_pair or task.kind == "question_answering" else task.columns[:1]

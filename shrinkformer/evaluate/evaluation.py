@@ -1,6 +1,5 @@
 """How good a model is at its task: one forward pass over each evaluation split, then the metrics of the task."""
 
-import inspect
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, DataError, NumericalError
 from shrinkformer.evaluate.answers import extract_answers
 from shrinkformer.evaluate.scores import count_examples, require_labels, score_answers, score_labels
+from shrinkformer.utils.inputs import accepted_inputs
 from shrinkformer.utils.modes import evaluation_mode
 
 Array = NDArray[np.float32]
@@ -136,14 +136,11 @@ def _forward(
 
     Classification and regression: (labels,). Question answering: (tokens, 2). Similarity: (hidden size,), length 1.
     """
-    accepted = inspect.signature(model.forward).parameters
-    device = next(model.parameters()).device
     rows: list[Array] = [np.zeros(0, dtype=np.float32)] * len(encoded.features)
     for indices, batch in padded_batches(encoded.features, tokenizer, batch_size):
-        known = {name: value for name, value in batch.items() if name in accepted or "input_ids" not in accepted}
-        inputs = {name: value.to(device) for name, value in known.items()}
+        inputs = accepted_inputs(model, batch)
         mask = batch["attention_mask"].bool()
-        output = _read(model(**inputs), mask.to(device), task).float().cpu()
+        output = _read(model(**inputs), mask.to(next(model.parameters()).device), task).float().cpu()
         for row, index in enumerate(indices):
             one = output[row][mask[row]] if task.kind == "question_answering" else output[row]
             rows[index] = one.numpy()

@@ -1,0 +1,1 @@
+"""One module per entry script: parse, call the library, report."""
