@@ -197,17 +197,22 @@ def test_two_processes_sum_to_one(tmp_path):
 
 @pytest.mark.slow
 def test_speed_is_that_of_a_triangular_product():
-    Z = normal(8192, 1024).float()
-    moments = Moments.zeros(1024, precision="mixed")
+    threads = torch.get_num_threads()
+    Z = normal(8192, 1536).float()
+    moments = Moments.zeros(1536, precision="mixed")
     ours, full = [], []
-    for _ in range(5):
-        start = time.process_time()
-        moments.update(Z)
-        middle = time.process_time()
-        _ = Z.T @ Z
-        ours.append(middle - start)
-        full.append(time.process_time() - middle)
-    assert np.median(ours) < 1.3 * np.median(full)  # half of it at best; the rest is room for a noisy machine
+    torch.set_num_threads(1)  # barriers between threads measure the other jobs of a shared machine
+    try:
+        for _ in range(6):
+            start = time.process_time()
+            moments.update(Z)
+            middle = time.process_time()
+            _ = Z.T @ Z
+            ours.append(middle - start)
+            full.append(time.process_time() - middle)
+    finally:
+        torch.set_num_threads(threads)
+    assert np.median(ours) < np.median(full)  # 9/16 of its flops; the rest is range check, float64 sums and noise
 
 
 @pytest.mark.gpu

@@ -15,15 +15,9 @@ import torch
 from torch import Tensor
 
 from shrinkformer.errors import InputError
-from shrinkformer.prune.pivoting import (
-    DampingWarning,
-    PivotedFactor,
-    check_gram,
-    damped_cholesky,
-    group_order,
-    pivoted_cholesky,
-    schur_group_errors,
-)
+from shrinkformer.prune.cholesky import DampingWarning, check_gram, damped_cholesky
+from shrinkformer.prune.groups import group_order, schur_group_errors
+from shrinkformer.prune.pivoting import PivotedFactor, pivoted_cholesky
 
 __all__ = [
     "DampingWarning",

@@ -1,11 +1,10 @@
-"""Pivoted and group-wise Cholesky factorisations of a second moment G = Z'Z.
+"""Pivoted Cholesky factorisation of a second moment G = Z'Z.
 
 Diagonally pivoted Cholesky of G is column-pivoted QR of Z: same pivots, same triangle R, but it never sees the tokens
 and consists of matrix products where QR is half matrix-vector products.
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shrinkformer.errors import InputError, NumericalError
+from shrinkformer.errors import InputError
+from shrinkformer.prune.cholesky import check_gram
 
 _EPS = 2.0**-52
 _PATIENCE = 2  # blocks in a row with fewer than _FEW pivots before the number of candidates is doubled
 _FEW = 8
-_QUIET_DAMPING = 1e-12  # relative; this much is what rounding alone asks of a singular matrix
-
-
-class DampingWarning(UserWarning):
-    """More damping than asked for was needed; the message says how much."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +41,6 @@ class PivotedFactor:
     def rank(self) -> int:
         """Number of pivots: less than what was asked for where the data has no more."""
         return self.pivots.shape[0]
-
-
-def check_gram(gram: Tensor) -> None:
-    """Refuse what is not a square float64 matrix with a finite diagonal; zeros and singular matrices are fine.
-
-    Raises:
-        InputError: Not a square float64 matrix.
-        NumericalError: NaN or infinity on the diagonal.
-    """
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.dtype != torch.float64:
-        raise InputError(f"a second moment is a square float64 matrix, got {gram.dtype} {tuple(gram.shape)}")
-    bad = int((~torch.isfinite(gram.diagonal())).sum())
-    if bad:
-        raise NumericalError(
-            f"NaN or infinity in {bad} of {gram.shape[0]} columns of a second moment; collect it with Moments, "
-            "which refuses such activations"
-        )
 
 
 def _power_of_two(largest: float) -> float:
@@ -250,110 +228,3 @@ def _finish(state: _BlockGreedy, goal: float, scale: float, weight_scale: float)
         residual=residual[: size + 1] / scale / weight_scale**2,
         order=torch.cat([pivots, free.nonzero()[:, 0]]),
     )
-
-
-def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Lower Cholesky factor of ``matrix + damping mean(diag) I``, with ten times the damping while it fails.
-
-    Args:
-        matrix: Symmetric positive semidefinite up to rounding, (k, k) float64.
-        damping: Relative to the mean of the diagonal. 0: try without first, then from 1e-14 on.
-
-    Returns:
-        The factor and the damping used. A zero matrix gives the identity, so that solving against zeros gives zeros.
-
-    Raises:
-        NumericalError: Not even damping 1 helps: the matrix is not a second moment.
-
-    Warns:
-        DampingWarning: More damping than asked for, and than rounding explains, was used.
-    """
-    mean = float(matrix.diagonal().mean()) if matrix.shape[0] else 0.0
-    if mean == 0.0:
-        return torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device), damping
-    used = damping
-    while used <= 1.0:
-        damped = matrix.clone()
-        damped.diagonal().add_(used * mean)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            if used > max(damping, _QUIET_DAMPING):
-                text = f"a singular {matrix.shape[0]} x {matrix.shape[0]} second moment was damped by {used:.0e}"
-                warnings.warn(f"{text} of its mean diagonal, not {damping:.0e}", DampingWarning, stacklevel=3)
-            return factor, used
-        used = max(10.0 * used, 1e-14)
-    raise NumericalError(
-        f"a {matrix.shape[0]} x {matrix.shape[0]} second moment is far from positive semidefinite; collect it with "
-        'Moments(..., precision="double")'
-    )
-
-
-def _check_groups(gram: Tensor, group_size: int) -> int:
-    check_gram(gram)
-    if group_size < 1 or gram.shape[0] % group_size:
-        raise InputError(f"{gram.shape[0]} columns do not divide into groups of {group_size}")
-    return gram.shape[0] // group_size
-
-
-def group_order(gram: Tensor, group_size: int) -> Tensor:
-    """Order groups of adjacent columns (heads), most independent first.
-
-    Stacks each group's columns into one long column and pivots on those: the second moment of the stacked columns is
-    ``M[a, b] = sum_i G[a size + i, b size + i]``.
-
-    Args:
-        gram: Second moment, (n, n) float64, n = groups * group_size.
-        group_size: Columns in a group.
-
-    Returns:
-        All groups, (groups,) int64; redundant ones last, by index.
-
-    Raises:
-        InputError: The columns do not divide into groups.
-        NumericalError: NaN or infinity in the second moment.
-
-    Source:
-        STAT (arXiv 2406.00061), the ordering of heads in its published code.
-    """
-    groups = _check_groups(gram, group_size)
-    blocks = gram.reshape(groups, group_size, groups, group_size)
-    return pivoted_cholesky(blocks.diagonal(dim1=1, dim2=3).sum(-1)).order
-
-
-def schur_group_errors(gram: Tensor, groups_order: Tensor, group_size: int, weight: Tensor) -> Tensor:
-    """Output error of keeping only the first i groups of an order, with the best refit, for every i at once.
-
-    With K the columns of the first i groups and S the others, ``e[i]^2 = tr(W_S' (G_SS - G_SK G_KK^-1 G_KS) W_S)``.
-    The Schur complement is the square of the trailing triangle of one Cholesky factor ``G = R'R`` in that order, so
-    ``e[i]`` is the norm of the rows of ``R W`` from group i on.
-
-    Args:
-        gram: Second moment, (n, n) float64, n = groups * group_size. A singular one is damped just enough (from 1e-14
-            of its mean diagonal on), which lifts the errors by about the square root of that.
-        groups_order: Permutation of the groups, (groups,) int64.
-        group_size: Columns in a group.
-        weight: W, (n, m): what the output is made with, ``Z W``.
-
-    Returns:
-        (groups + 1,) float64 on the device of ``gram``, non-increasing; the last is 0.
-
-    Raises:
-        InputError: Shapes do not fit or the order is not a permutation.
-        NumericalError: NaN, infinity, or not positive semidefinite.
-
-    Source:
-        STAT (arXiv 2406.00061), the error of a set of heads.
-    """
-    groups = _check_groups(gram, group_size)
-    order = groups_order.to(gram.device, torch.int64)
-    if weight.ndim != 2 or weight.shape[0] != gram.shape[0]:
-        raise InputError(f"weight must be ({gram.shape[0]}, outputs), got {tuple(weight.shape)}")
-    if order.shape != (groups,) or not torch.equal(order.sort().values, torch.arange(groups, device=order.device)):
-        raise InputError(f"groups_order must hold each of the {groups} groups once, got {order.tolist()}")
-    columns = (order[:, None] * group_size + torch.arange(group_size, device=order.device)).flatten()
-    lower, _ = damped_cholesky(gram[columns][:, columns], 0.0)
-    if not bool(gram.diagonal().any()):
-        lower = torch.zeros_like(lower)  # no data, no error; the factor of zeros is the identity by convention
-    product = lower.T @ weight.detach().to(gram.device, torch.float64)[columns]
-    by_group = product.reshape(groups, -1).square().sum(1)
-    return torch.cat([by_group.new_zeros(1), by_group.flip(0).cumsum(0)]).flip(0).sqrt()

@@ -18,6 +18,8 @@ from shrinkformer.utils.inputs import accepted_inputs
 
 Observer = Callable[[Tensor], None]
 
+_BUFFERED_ROWS = 4096
+
 
 class _FirstBlockReached(Exception):  # noqa: N818
     """Ends a forward pass whose remaining blocks nobody needs."""
@@ -29,6 +31,26 @@ class _MicroBatch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mask: Tensor  # (examples, length), True where there is a token
+
+
+class _RowBuffer:
+    """Hands rows on a few thousand at a time: one large matrix product is cheaper than many small ones."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._rows: list[Tensor] = []
+        self._count = 0
+
+    def __call__(self, rows: Tensor) -> None:
+        self._rows.append(rows)
+        self._count += len(rows)
+        if self._count >= _BUFFERED_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._rows:
+            self._observer(torch.cat(self._rows))
+        self._rows, self._count = [], 0
 
 
 class BlockStream:
@@ -56,10 +78,13 @@ class BlockStream:
             block: The next block.
             observers: For a layer inside the block, a function that gets the rows of its input, ``(tokens, features)``.
         """
+        buffers = {module: _RowBuffer(observer) for module, observer in (observers or {}).items()}
         for batch in self._batches:
-            with _observed(observers or {}, batch.mask):
+            with _observed(buffers, batch.mask):
                 output = block(batch.hidden, *batch.args, **batch.kwargs)
             batch.hidden = output[0] if isinstance(output, tuple) else output
+        for buffer in buffers.values():
+            buffer.flush()
 
 
 @torch.no_grad()
