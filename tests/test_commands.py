@@ -111,6 +111,9 @@ def test_report_contract(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture
             {"layer", "heads", "neurons", "attention_error", "ffn_error"}
         ] * 3
         assert record["ratio"]["macs"] <= mu
+        assert record["ratio"]["latency"] == pytest.approx(
+            record["pruned"]["latency_ms"]["8x64"] / record["dense"]["latency_ms"]["8x64"]
+        )
         assert record["dense"]["metrics"]["accuracy_stderr"] > 0
         assert record["calibration_tokens"] > 0
         assert record["peak_memory_bytes"] > 0
@@ -167,6 +170,15 @@ def test_dry_run_computes_nothing(run: Any, tmp_path: Path, capsys: pytest.Captu
     for word in ("12 heads of 8", "mu 0.5", "MACs", "memory", "time"):
         assert word in shown
     assert not (tmp_path / "output").exists()
+
+
+def test_dry_run_of_a_pruned_checkpoint(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = checkpoint(tmp_path / "mine")
+    assert run("--model_name", name, "--task_name", "sst2", "--mu", "0.5", "--save_dir", "small") == 0
+    kept = records(tmp_path, "sst2")[0]["pruned"]["macs"]
+    capsys.readouterr()
+    assert run("--model_name", "small", "--task_name", "sst2", "--mu", "0.5", "--dry_run") == 0
+    assert f"of {kept / 1e6:.1f} M MACs" in capsys.readouterr().out
 
 
 def test_save_dir_holds_one_folder_per_budget(run: Any, tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from time import perf_counter
 
 import torch
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
-from shrinkformer.commands.locate import Source
+from shrinkformer.commands.locate import Source, empty_model
 from shrinkformer.dataset.encoding import Encoded
 from shrinkformer.prune.budget import Budget, CostModel, allocate_uniformly
 
@@ -24,8 +24,7 @@ def describe(source: Source, calibration: Encoded, budgets: Sequence[Budget], me
     Raises:
         BudgetError: A budget cannot be met.
     """
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModel.from_config(source.config)
+    model = empty_model(source)
     views = layer_views(model)
     parameters = sum(weight.numel() for weight in model.parameters())
     hidden, width = views[0].hidden_size, sum(view.neurons for view in views)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForQuestionAnswering,
@@ -24,10 +25,11 @@ from shrinkformer.commands.options import BUNDLED_MODEL
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelError
 from shrinkformer.prune.checkpoint import load
+from shrinkformer.prune.pruned_modeling import pruned_class
 
 MODELS_DIR = Path("models")
 
-_AUTO_MODELS = {
+AUTO_MODELS = {
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
     "question_answering": AutoModelForQuestionAnswering,
@@ -35,7 +37,7 @@ _AUTO_MODELS = {
 }
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,15 @@ def _require_head(source: Source, task: Task) -> None:
         )
 
 
+def empty_model(source: Source) -> PreTrainedModel:
+    """The base model without weights, for its shapes."""
+    with torch.device("meta"):
+        if getattr(source.config, "shrinkformer", None):
+            return pruned_class(MODEL_MAPPING[type(source.config)])(source.config)
+        model: PreTrainedModel = AutoModel.from_config(source.config)
+        return model
+
+
 def load_model(source: Source, task: Task, device: str) -> PreTrainedModel:
     """The model in float32, in evaluation mode; a model that this package pruned is as good as any.
 
@@ -134,12 +145,18 @@ def load_model(source: Source, task: Task, device: str) -> PreTrainedModel:
         if getattr(source.config, "shrinkformer", None):
             model = load(source.location, dtype=torch.float32)
         else:
-            auto = _AUTO_MODELS[task.kind]
+            auto = AUTO_MODELS[task.kind]
             model = auto.from_pretrained(source.location, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{source.location}: the weights cannot be read: {_first_line(error)}") from None
     result: PreTrainedModel = model.to(device).eval()
     return result
+
+
+def may_have_tokenizer(location: str) -> bool:
+    """False for a folder without tokenizer files: transformers would make up a tokenizer without a vocabulary."""
+    folder = Path(location)
+    return not folder.is_dir() or any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -148,11 +165,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises:
         InputError: The folder has none.
     """
-    if Path(source.location).is_dir() and not any(
-        file for pattern in _TOKENIZER_FILES for file in Path(source.location).glob(pattern)
-    ):  # transformers would make up one without a vocabulary from config.json alone
+    if not may_have_tokenizer(source.location):
         raise InputError(
-            f"--model_name {source.name}: {source.location} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); "
+            f"--model_name {source.name}: {source.location} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); "
             "put the tokenizer files of its base model there."
         )
     try:

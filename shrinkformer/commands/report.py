@@ -106,15 +106,12 @@ class Run:
         return record
 
     def _ratio(self, pruned: Measured, plan: Plan) -> dict[str, Any]:
+        largest = list(self.dense.latency_ms)[-1] if self.dense.latency_ms else None  # the largest batch comes last
         return {
             "macs": plan.ratio,
             "parameters": pruned.parameters / self.dense.parameters,
             "bytes": pruned.bytes / self.dense.bytes,
-            "latency": {
-                shape: pruned.latency_ms[shape] / value
-                for shape, value in self.dense.latency_ms.items()
-                if shape in pruned.latency_ms
-            },
+            "latency": pruned.latency_ms[largest] / self.dense.latency_ms[largest] if largest else None,
         }
 
     def table(self) -> str:

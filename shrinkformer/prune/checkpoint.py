@@ -35,7 +35,7 @@ _AUTO_CLASSES = {
     "ForMaskedLM": "AutoModelForMaskedLM",
 }
 
-_EXTRAS = (  # what sentence-transformers needs beside the model
+SIDE_FILES = (  # what sentence-transformers needs beside the model
     "modules.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
@@ -73,7 +73,7 @@ def save(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         folder = Path(scratch) / target.name
         _write_folder(model, folder, plan, tokenizer, card)
-        for name in _EXTRAS:
+        for name in SIDE_FILES:
             if extras_from is not None and (extras_from / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(extras_from / name, folder / name)
