@@ -76,5 +76,5 @@ def test_a_killed_process_leaves_whole_blocks(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     model, batches = build_model(), make_batches([5, 9, 7], batch_size=3)
     store = BlockStore(tmp_path, fingerprint(model, batches), resume=True)
-    assert [store.read(block) is not None for block in range(3)] == [True, True, False]
+    assert [store.read(block, model.device) is not None for block in range(3)] == [True, True, False]
     assert calibrate(model, batches, store=store).prune(Budget(0.5, 9)).plan.ratio <= 0.5

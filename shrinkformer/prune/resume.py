@@ -57,12 +57,12 @@ class BlockStore:
                     "repeat the earlier command exactly, or leave --resume out to start anew."
                 )
 
-    def read(self, block: int) -> dict[str, Moments] | None:
-        """Moments of a finished block by sublayer, or None."""
+    def read(self, block: int, device: torch.device) -> dict[str, Moments] | None:
+        """Moments of a finished block by sublayer, on a device, or None."""
         file = self._file(block)
         if not file.exists():
             return None
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
             states: dict[str, dict[str, Tensor]] = {}
             for name in tensors.keys():  # noqa: SIM118  (not a dictionary)
                 sublayer, entry = name.split(".")

@@ -48,7 +48,7 @@ def collect_statistics(
     stream = BlockStream(model, views[0].block, batches)
     layers = []
     for view in progress(views):
-        moments = store.read(view.index) if store is not None else None
+        moments = store.read(view.index, model.device) if store is not None else None
         if moments is not None:
             stream.run(view.block)
         else:
