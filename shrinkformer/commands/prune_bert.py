@@ -121,6 +121,8 @@ def calibrate_model(
     batches = [batch for _, batch in padded_batches(features, inputs.tokenizer, options.batch_size)]
     with timed(shared, "loading"):
         folder = options.output_dir / inputs.source.name / f"{inputs.task.name}.resume"
+        if folder.exists() and not options.resume:
+            say("starting anew; --resume would take up the calibration of an interrupted run")
         store = BlockStore(folder, fingerprint(model, batches), resume=options.resume)
     calibrated = calibrate(
         model,
