@@ -80,7 +80,9 @@ def read_inputs(options: PruneOptions) -> Inputs:
 
 def prune_command(arguments: Sequence[str] | None) -> None:
     """Everything that ``prune_bert.py`` does."""
-    options = parse_options(arguments, prog=PROG, description=__doc__ or "")
+    options = parse_options(
+        arguments, prog=PROG, description="Prune an encoder under a MAC budget, evaluate and save it."
+    )
     shared: dict[str, float] = {}  # seconds of the steps that all budgets share
     with timed(shared, "loading"):
         inputs = read_inputs(options)
