@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertModel, pipeline
 
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
@@ -146,7 +146,26 @@ def test_loading_something_else(tmp_path: Path) -> None:
 
 def test_only_names_of_stock_models_become_classes() -> None:
     with pytest.raises(AttributeError):
-        _ = pruned_modeling.PrunedNothing
+        _ = pruned_modeling.NoSuchModel
     with pytest.raises(AttributeError):
-        _ = pruned_modeling.PrunedAutoModel
-    assert pruned_modeling.PrunedBertModel is pruned_modeling.PrunedBertModel
+        _ = pruned_modeling.AutoModel
+    assert pruned_modeling.BertModel is pruned_modeling.BertModel
+    assert issubclass(pruned_modeling.BertModel, BertModel)
+    assert pruned_modeling.BertModel is not BertModel
+
+
+def test_a_config_that_names_something_else_is_refused(pruned: Pruned, tmp_path: Path) -> None:
+    folder = save(pruned.model, tmp_path / "small")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["logging"]}))
+    with pytest.raises(CheckpointError, match="names 'logging', which is no model of transformers"):
+        load(folder)
+
+
+def test_pipelines_take_it(tmp_path: Path, batches: list[dict[str, Any]], caplog: pytest.LogCaptureFixture) -> None:
+    result = prune_model(build_model(), batches, mu=0.5)
+    folder = save(result.model, tmp_path / "small", tokenizer=build_tokenizer())
+    with caplog.at_level("WARNING", logger="transformers"):
+        answer = pipeline("text-classification", model=str(folder), trust_remote_code=True)("the cat sees a dog")
+    assert 0.5 <= answer[0]["score"] <= 1
+    assert "not supported" not in caplog.text

@@ -109,7 +109,7 @@ def bundled_model() -> Path | None:
 
 def _require_head(source: Source, task: Task) -> None:
     """Check that the checkpoint has a fine-tuned head of the right kind and size."""
-    architecture = (getattr(source.config, "architectures", None) or [""])[0].removeprefix("Pruned")
+    architecture = (getattr(source.config, "architectures", None) or [""])[0]
     needed = {"question_answering": "ForQuestionAnswering", "similarity": ""}.get(
         task.kind, "ForSequenceClassification"
     )

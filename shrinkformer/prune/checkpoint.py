@@ -22,7 +22,6 @@ from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.plan import Plan
-from shrinkformer.prune.pruned_modeling import PREFIX
 
 FORMAT = 1
 PLAN_FILE = "shrinkformer_plan.json"
@@ -153,8 +152,12 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not getattr(config, "shrinkformer", None):
         raise CheckpointError(f"{path} was not pruned by shrinkformer; load it with transformers' Auto classes.")
-    stock = getattr(transformers, config.architectures[0].removeprefix(PREFIX))
-    model: PreTrainedModel = getattr(pruned_modeling, PREFIX + stock.__name__).from_pretrained(path, **kwargs)
+    name = (config.architectures or ["nothing"])[0]
+    try:
+        pruned = getattr(pruned_modeling, name)
+    except AttributeError:
+        raise CheckpointError(f"{path}: config.json names {name!r}, which is no model of transformers.") from None
+    model: PreTrainedModel = pruned.from_pretrained(path, **kwargs)
     return model
 
 
@@ -167,7 +170,7 @@ def _auto_map(stock: type[PreTrainedModel]) -> dict[str, str]:
     module = Path(inspect.getfile(pruned_modeling)).stem
     head = next((suffix for suffix in _AUTO_CLASSES if stock.__name__.endswith(suffix)), "Model")
     family = stock.__name__.removesuffix(head)
-    entries = {"AutoModel": f"{module}.{PREFIX}{family}Model"}
+    entries = {"AutoModel": f"{module}.{family}Model"}
     if head in _AUTO_CLASSES:
-        entries[_AUTO_CLASSES[head]] = f"{module}.{PREFIX}{stock.__name__}"
+        entries[_AUTO_CLASSES[head]] = f"{module}.{stock.__name__}"
     return entries

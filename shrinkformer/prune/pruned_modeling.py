@@ -1,9 +1,10 @@
 """Pruned transformers as ordinary classes of transformers.
 
 Every checkpoint that shrinkformer writes holds a copy of this file, so it must import nothing but torch and
-transformers. It turns a stock class into one whose blocks have the sizes in ``config.per_layer_config``:
-``PrunedBertForQuestionAnswering`` is ``BertForQuestionAnswering`` with smaller linear layers, nothing else. The classes
-are made on demand (PEP 562), because the set of stock classes is not ours to list.
+transformers. It turns a stock class into one whose blocks have the sizes in ``config.per_layer_config``: this file's
+``BertForQuestionAnswering`` is that of transformers with smaller linear layers, nothing else. The names are the same,
+because pipelines, trainers and exporters look at them. The classes are made on demand (PEP 562), because the set of stock
+classes is not ours to list.
 """
 
 from typing import Any
@@ -11,8 +12,6 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-
-PREFIX = "Pruned"
 
 
 def set_block_sizes(block: nn.Module, architecture: dict[str, Any], heads: int, neurons: int) -> None:
@@ -81,15 +80,15 @@ def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             resize_model(self, config)
 
     # ``__module__`` must be this file: ``save_pretrained`` copies the file of the class into the new checkpoint.
-    return type(PREFIX + stock.__name__, (stock,), {"__init__": __init__, "__module__": __name__})
+    return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": __name__})
 
 
 def __getattr__(name: str) -> Any:
-    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    stock = getattr(transformers, name, None)
     if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = made = pruned_class(stock)
     return made
 
 
-__all__ = ["PREFIX", "pruned_class", "resize_model", "set_block_sizes"]
+__all__ = ["pruned_class", "resize_model", "set_block_sizes"]
