@@ -203,6 +203,7 @@ BAD_INPUT = {
     "wrong head": (["--task_name", "squad"], r"--model_name mine: it is a BertForSequenceClassification.*squad"),
     "output is a file": (["--output_dir", "file"], r"--output_dir file: .*is a file"),
     "save is a file": (["--save_dir", "file/x"], r"--save_dir file/x: .*is a file"),
+    "save over something else": (["--save_dir", "three"], r"--save_dir three: it holds something else"),
     "device": (["--device", "tpu9"], r"--device 'tpu9'"),
     "no cuda": (["--device", "cuda:99"], r"--device cuda:99: this machine has \d+ CUDA"),
     "too many samples": (["--sample_batch_size", "100000"], r"--sample_batch_size.*100000"),

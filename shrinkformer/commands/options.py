@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from shrinkformer.dataset.tasks import TASKS, get_task
 from shrinkformer.errors import InputError
 from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.checkpoint import may_be_replaced
 from shrinkformer.prune.methods import DEFAULT_METHOD, METHODS, get_method
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
@@ -72,6 +73,10 @@ class PruneOptions:
         require_writable("--output_dir", self.output_dir)
         if self.save_dir is not None:
             require_writable("--save_dir", self.save_dir)
+            if len(self.mu) == 1 and not may_be_replaced(self.save_dir):
+                raise InputError(
+                    f"--save_dir {self.save_dir}: it holds something else than our checkpoints; choose a new folder."
+                )
         resolve_device(self.device)
 
 

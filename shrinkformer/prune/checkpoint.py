@@ -65,7 +65,7 @@ def save(
         CheckpointError: The folder exists and holds something else.
     """
     target = Path(directory)
-    if target.exists() and any(target.iterdir()) and not (target / PLAN_FILE).exists():
+    if not may_be_replaced(target):
         raise CheckpointError(f"{target} exists and is not a checkpoint of shrinkformer; choose another --save_dir.")
     describe_sizes(model, plan)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +80,11 @@ def save(
             os.replace(target, Path(scratch) / "replaced")
         os.replace(folder, target)
     return target
+
+
+def may_be_replaced(folder: Path) -> bool:
+    """Whether a folder is absent, empty, or an earlier checkpoint of this package."""
+    return not folder.exists() or not any(folder.iterdir()) or (folder / PLAN_FILE).exists()
 
 
 def _write_folder(
