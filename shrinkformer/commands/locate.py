@@ -1,7 +1,6 @@
 """Find and load checkpoints."""
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,11 @@ class Source:
     name: str
     location: str
     config: PreTrainedConfig
+
+    @property
+    def pruned(self) -> bool:
+        """Whether this package wrote it."""
+        return bool(getattr(self.config, "shrinkformer", None))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,7 +133,7 @@ def _require_head(source: Source, task: Task) -> None:
 def empty_model(source: Source) -> PreTrainedModel:
     """The base model without weights, for its shapes."""
     with torch.device("meta"):
-        if getattr(source.config, "shrinkformer", None):
+        if source.pruned:
             return pruned_class(MODEL_MAPPING[type(source.config)])(source.config)
         model: PreTrainedModel = AutoModel.from_config(source.config)
         return model
@@ -142,7 +146,7 @@ def load_model(source: Source, task: Task, device: str) -> PreTrainedModel:
         CheckpointError: The weights cannot be read.
     """
     try:
-        if getattr(source.config, "shrinkformer", None):
+        if source.pruned:
             model = load(source.location, dtype=torch.float32)
         else:
             auto = AUTO_MODELS[task.kind]
@@ -172,7 +176,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"--model_name {source.name}: no tokenizer can be read from {source.location} ({_first_line(error)}); "
             "put the tokenizer files of its base model there."

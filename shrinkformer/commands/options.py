@@ -7,6 +7,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from shrinkformer.dataset.tasks import TASKS, get_task
 from shrinkformer.errors import InputError
 from shrinkformer.prune.budget import Budget
@@ -57,10 +59,9 @@ class PruneOptions:
     def __post_init__(self) -> None:
         get_task(self.task_name)
         get_method(self.method)
+        length = 1.0 if self.sequence_length is None else self.sequence_length  # the mean length is not known yet
         for mu in self.mu:
-            Budget(mu, self.sequence_length or 1.0, self.round_to, self.min_heads, self.min_neurons)
-        if self.sequence_length is not None and not self.sequence_length > 0:
-            raise InputError(f"--sequence_length {self.sequence_length}: must be positive.")
+            Budget(mu, length, self.round_to, self.min_heads, self.min_neurons)
         for name in ("sample_batch_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1.")
@@ -101,8 +102,6 @@ def resolve_device(name: str) -> str:
     Raises:
         InputError: There is no such device here.
     """
-    import torch
-
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

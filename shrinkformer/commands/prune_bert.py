@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import block_progress, run_command, say
 from shrinkformer.commands.dry_run import describe
-from shrinkformer.commands.locate import Source, find_model, load_model, load_tokenizer, max_positions
+from shrinkformer.commands.locate import Source, empty_model, find_model, load_model, load_tokenizer, max_positions
 from shrinkformer.commands.options import PruneOptions, parse_options, resolve_device
 from shrinkformer.commands.report import Measured, Run, model_card, write_report
 from shrinkformer.dataset.calibration import sample_calibration
@@ -90,10 +90,11 @@ def prune_command(arguments: Sequence[str] | None) -> None:
         if options.dry_run:
             say(describe(inputs.source, inputs.calibration, budgets, options.method))
             return
+        shapes = layer_views(empty_model(inputs.source))
+        for budget in budgets:
+            CostModel.of(shapes, budget).require_feasible()
         say(f"loading {inputs.source.name} from {inputs.source.location}")
         model = load_model(inputs.source, inputs.task, inputs.device)
-        for budget in budgets:
-            CostModel.of(layer_views(model), budget).require_feasible()
     say(f"evaluating the dense model on {inputs.task.name}")
     with timed(shared, "evaluation"):
         dense = measure(model, inputs, options, budgets[0].sequence_length, Path(inputs.source.location))
