@@ -72,6 +72,35 @@ FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "roberta": ("Roberta", {}),
     "electra": ("Electra", {}),
+    "opt": ("OPT", {"intermediate_size": "ffn_dim", "initializer_range": "init_std"}),
+    "gpt2": (
+        "GPT2",
+        {
+            "hidden_size": "n_embd",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+        },
+    ),
+    "gpt_neox": ("GPTNeoX", {}),
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "phi": ("Phi", {}),
+}
+
+ENCODERS = ("bert", "distilbert", "roberta", "electra")
+
+GROUPED = ("llama", "mistral", "qwen2", "qwen3", "phi")
+"""Families whose test models have two query heads for each key and value head."""
+
+EXTRA_SIZES: dict[str, dict[str, Any]] = {
+    "electra": {"embedding_size": 32},
+    "opt": {"word_embed_proj_dim": 32},
+    "qwen3": {"head_dim": 8},
+    **{family: {"pad_token_id": 0, "eos_token_id": 3, "bos_token_id": 2} for family in ("gpt2", "gpt_neox")},
 }
 
 
@@ -83,8 +112,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def build_model(family: str = "bert", head: str = "ForSequenceClassification", *, seed: int = 0, **sizes: Any) -> Any:
+def task_heads(family: str) -> tuple[str, ...]:
+    """Endings of the class names that a family is tested with; the first is the usual one."""
+    if family in ENCODERS:
+        return ("ForSequenceClassification", "ForQuestionAnswering", "Model")
+    return ("LMHeadModel" if family == "gpt2" else "ForCausalLM", "ForSequenceClassification", "Model")
+
+
+def build_model(family: str = "bert", head: str | None = None, *, seed: int = 0, **sizes: Any) -> Any:
     """A tiny model with random weights; the global generator is left as it was."""
+    head = task_heads(family)[0] if head is None else head
     stem, names = FAMILIES[family]
     wanted = {
         "hidden_size": 32,
@@ -97,8 +134,9 @@ def build_model(family: str = "bert", head: str = "ForSequenceClassification", *
         "initializer_range": 0.15,  # large enough for layers to differ, as trained ones do
     } | sizes
     arguments = {names.get(key, key): value for key, value in wanted.items()}
-    if family == "electra":
-        arguments["embedding_size"] = wanted["hidden_size"]
+    if family in GROUPED:
+        arguments |= {"num_key_value_heads": wanted["num_attention_heads"] // 2, "pad_token_id": 0, "eos_token_id": 3}
+    arguments = EXTRA_SIZES.get(family, {}) | arguments
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = getattr(transformers, f"{stem}Config")(**arguments)

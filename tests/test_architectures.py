@@ -5,16 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from shrinkformer.architectures import find_architecture, layer_views
+from shrinkformer.architectures import find_architecture, layer_views, unit_columns
 from shrinkformer.errors import UnsupportedModelError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.pruner import calibrate, prune_model
 from shrinkformer.prune.refit import slice_consumer
-from shrinkformer.prune.surgery import head_columns, remove_heads, remove_neurons
-from tests.conftest import FAMILIES, build_model, make_batches
-
-HEADS = ("ForSequenceClassification", "ForQuestionAnswering", "Model")
+from shrinkformer.prune.surgery import remove_heads, remove_neurons
+from tests.conftest import FAMILIES, GROUPED, build_model, make_batches, task_heads
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -27,7 +25,9 @@ def outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 @each_family
 def test_sizes_are_read_from_the_weights(family: str) -> None:
     views = layer_views(build_model(family))
-    assert [(view.heads, view.head_size, view.neurons, view.hidden_size) for view in views] == [(4, 8, 64, 32)] * 3
+    heads, queries = (2, 2) if family in GROUPED else (4, 1)
+    sizes = [(view.heads, view.queries, view.head_size, view.neurons, view.hidden_size) for view in views]
+    assert sizes == [(heads, queries, 8, 64, 32)] * 3
 
 
 @each_family
@@ -36,8 +36,9 @@ def test_surgery_equals_a_masked_model(family: str, attention: str, batches: lis
     """Removing a unit is the same as zeroing the consumer's columns."""
     masked, cut = (build_model(family, attn_implementation=attention) for _ in range(2))
     for view, zeroed in zip(layer_views(cut), layer_views(masked), strict=True):
-        heads, neurons = torch.tensor([0, 2, 3])[: view.index + 1], torch.arange(0, 64, 2 + view.index)
-        columns = head_columns(heads, view.head_size)
+        heads = torch.tensor([1, 0] if family in GROUPED else [0, 2, 3])[: view.index + 1].sort().values
+        neurons = torch.arange(0, 64, 2 + view.index)
+        columns = unit_columns(heads, view.head_width)
         for linear, kept in ((zeroed.attention_output, columns), (zeroed.feed_forward_output, neurons)):
             keep = torch.zeros(linear.in_features)
             keep[kept] = 1
@@ -56,8 +57,7 @@ def test_full_budget_keeps_the_logits_exactly(family: str, batches: list[dict[st
     assert torch.equal(outputs(pruned.model, batches[0]), outputs(model, batches[0]))
 
 
-@each_family
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("family", "head"), [(family, head) for family in FAMILIES for head in task_heads(family)])
 def test_every_step_from_dense_to_reloaded(
     family: str, head: str, batches: list[dict[str, Any]], tmp_path: Any
 ) -> None:

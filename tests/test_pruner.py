@@ -17,7 +17,8 @@ from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import calibrate, prune_model
 from shrinkformer.prune.refit import refit_consumer
-from shrinkformer.prune.statistics import collect_statistics
+from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.statistics import stream_statistics
 from shrinkformer.prune.stream import BlockStream, count_tokens
 from tests.conftest import build_model, make_batches
 
@@ -126,29 +127,30 @@ def test_refit_is_least_squares_with_an_intercept() -> None:
     assert consumer.error == pytest.approx(residual, rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "opt", "gpt2", "qwen3"])
 def test_the_stream_computes_what_the_model_computes(family: str, batches: list[dict[str, Any]]) -> None:
     """Statistics gathered block by block equal those of one ordinary forward pass with hooks."""
     model = build_model(family).double()
-    statistics = collect_statistics(model, batches)
-    assert statistics.tokens == count_tokens(batches)
-    for view, moments in zip(layer_views(model), statistics.layers, strict=True):
+    for view, moments in stream_statistics(model, batches, Resources()):
+        assert moments.neurons.count == count_tokens(batches)
         seen: list[torch.Tensor] = []
-        hook = view.feed_forward_output.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        consumer = view.feed_forward_output.module
+        hook = consumer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
             for batch in batches:
                 model(**batch)
         hook.remove()
-        rows = torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(seen, batches, strict=True)])
+        masks = [batch["attention_mask"].bool().flatten() for batch in batches]
+        rows = torch.cat([x.flatten(0, -2)[mask] for x, mask in zip(seen, masks, strict=True)])
         torch.testing.assert_close(moments.neurons.second, rows.T @ rows, rtol=1e-10, atol=1e-10)
 
 
 def test_the_stream_leaves_no_hook_behind_when_a_block_fails(batches: list[dict[str, Any]]) -> None:
     model = build_model()
     view = layer_views(model)[0]
-    stream = BlockStream(model, view.block, batches)
+    stream = BlockStream(model, batches)
     with pytest.raises(ZeroDivisionError):
-        stream.run(view.block, {view.attention_output: lambda rows: 1 / 0})
+        stream.run(view.block, {view.attention_output.module: lambda rows: 1 / 0})
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -12,6 +12,7 @@ from shrinkformer.architectures import layer_views
 from shrinkformer.errors import InputError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.pruner import calibrate
+from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.resume import BlockStore, fingerprint
 from tests.conftest import ROOT, build_model, make_batches
 
@@ -21,9 +22,9 @@ def test_resuming_gives_the_same_plan_and_repeats_only_one_block(batches: list[d
     expected = calibrate(model, batches).prune(Budget(0.5, 16)).plan
     key = fingerprint(model, batches)
 
-    broken = layer_views(model)[2].feed_forward_output.register_forward_pre_hook(lambda *_: 1 / 0)
+    broken = layer_views(model)[2].feed_forward_output.module.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        calibrate(model, batches, store=BlockStore(tmp_path, key, resume=False))
+        calibrate(model, batches, resources=Resources(store=BlockStore(tmp_path, key, resume=False)))
     broken.remove()
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["block0000.safetensors", "block0001.safetensors"]
 
@@ -31,13 +32,14 @@ def test_resuming_gives_the_same_plan_and_repeats_only_one_block(batches: list[d
     store = BlockStore(tmp_path, key, resume=True)
     write = store.write
     store.write = lambda block, moments: (written.append(block), write(block, moments))[1]  # type: ignore[method-assign]
-    assert calibrate(model, batches, store=store).prune(Budget(0.5, 16)).plan == expected
+    assert calibrate(model, batches, resources=Resources(store=store)).prune(Budget(0.5, 16)).plan == expected
     assert written == [2]
 
 
 def test_other_weights_or_examples_are_refused(batches: list[dict[str, Any]], tmp_path: Path) -> None:
     model = build_model()
-    calibrate(model, batches, store=BlockStore(tmp_path, fingerprint(model, batches), resume=False))
+    store = BlockStore(tmp_path, fingerprint(model, batches), resume=False)
+    calibrate(model, batches, resources=Resources(store=store))
     others = [fingerprint(build_model(seed=1), batches), fingerprint(model, make_batches([5, 6], batch_size=2))]
     for key in others:
         with pytest.raises(InputError, match=r"--resume: .* computed from other weights or calibration examples"):
@@ -57,6 +59,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from shrinkformer.prune.pruner import calibrate
+from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.resume import BlockStore, fingerprint
 from tests.conftest import build_model, make_batches
 model, batches = build_model(), make_batches([5, 9, 7], batch_size=3)
@@ -67,7 +70,7 @@ def write_then_die(block, moments):
     if block == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 store.write = write_then_die
-calibrate(model, batches, store=store)
+calibrate(model, batches, resources=Resources(store=store))
 """
 
 
@@ -77,4 +80,4 @@ def test_a_killed_process_leaves_whole_blocks(tmp_path: Path) -> None:
     model, batches = build_model(), make_batches([5, 9, 7], batch_size=3)
     store = BlockStore(tmp_path, fingerprint(model, batches), resume=True)
     assert [store.read(block, model.device) is not None for block in range(3)] == [True, True, False]
-    assert calibrate(model, batches, store=store).prune(Budget(0.5, 9)).plan.ratio <= 0.5
+    assert calibrate(model, batches, resources=Resources(store=store)).prune(Budget(0.5, 9)).plan.ratio <= 0.5

@@ -4,16 +4,22 @@ A record holds dotted module paths and config names, no code. To support a new f
 its kind and its ``model_type`` to the shared test in ``tests/test_architectures.py``.
 """
 
+from shrinkformer.architectures.decoders import DECODERS
 from shrinkformer.architectures.encoders import ENCODERS
+from shrinkformer.architectures.projection import Projection
 from shrinkformer.architectures.record import Architecture, AttentionRecord, FeedForwardRecord
-from shrinkformer.architectures.views import LayerView, find_architecture, layer_views
+from shrinkformer.architectures.views import ARCHITECTURES, LayerView, find_architecture, layer_views, unit_columns
 
 __all__ = [
+    "ARCHITECTURES",
+    "DECODERS",
     "ENCODERS",
     "Architecture",
     "AttentionRecord",
     "FeedForwardRecord",
     "LayerView",
+    "Projection",
     "find_architecture",
     "layer_views",
+    "unit_columns",
 ]

@@ -11,12 +11,16 @@ class AttentionRecord:
     Attributes:
         module: The module that splits its projections into heads.
         query: Linear layer that makes the queries.
-        key: Linear layer that makes the keys.
-        value: Linear layer that makes the values.
+        key: Linear layer that makes the keys; may be the same layer.
+        value: Linear layer that makes the values; may be the same layer.
         output: Linear layer that consumes the concatenated heads.
         head_size_attribute: Attribute of ``module`` with the size of one head.
         heads_attributes: Attributes of ``module`` that hold the number of heads.
         width_attributes: Attributes of ``module`` that hold number of heads times head size.
+        queries_attribute: Attribute of ``module`` with the number of query heads that share a key and a value head;
+            "" where each has its own.
+        fused: How the rows of one layer for query, key and value are laid out: ``"by_part"`` (all queries, all keys, all
+            values), ``"by_head"`` (query, key and value of the first head, then of the second), or "" for three layers.
     """
 
     module: str
@@ -25,13 +29,15 @@ class AttentionRecord:
     value: str
     output: str
     head_size_attribute: str
-    heads_attributes: tuple[str, ...]
+    heads_attributes: tuple[str, ...] = ()
     width_attributes: tuple[str, ...] = ()
+    queries_attribute: str = ""
+    fused: str = ""
 
     @property
     def producers(self) -> tuple[str, ...]:
         """The layers whose output rows disappear with a head."""
-        return (self.query, self.key, self.value)
+        return tuple(dict.fromkeys((self.query, self.key, self.value)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ class Architecture:
         layers: Path of the list of blocks, relative to the base model (without task head).
         attention: The attention sublayer of a block.
         feed_forward: The feed-forward sublayer of a block.
-        heads_key: Name of the number of heads in ``config`` and in ``per_layer_config``.
+        heads_key: Name of the number of heads in ``config`` and in ``per_layer_config``: of key and value heads where
+            queries share them. "" where transformers refuses a configuration whose number of heads differs by block.
         neurons_key: Name of the feed-forward width in ``config`` and in ``per_layer_config``.
         positions_follow_padding: Position ids start behind the padding id, so that many positions cannot be used.
     """

@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shrinkformer.architectures.decoders import DECODERS
 from shrinkformer.architectures.encoders import ENCODERS
+from shrinkformer.architectures.projection import Projection
 from shrinkformer.architectures.record import Architecture
 from shrinkformer.errors import UnsupportedModelError
+
+ARCHITECTURES = {**ENCODERS, **DECODERS}
 
 
 def find_architecture(model_type: str) -> Architecture:
@@ -17,9 +22,9 @@ def find_architecture(model_type: str) -> Architecture:
         UnsupportedModelError: No record has that name.
     """
     try:
-        return ENCODERS[model_type]
+        return ARCHITECTURES[model_type]
     except KeyError:
-        known = ", ".join(sorted(ENCODERS))
+        known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedModelError(
             f"model_type {model_type!r} has no architecture record; known are {known}. "
             "docs/architectures.md shows how to add one."
@@ -37,36 +42,80 @@ class LayerView:
     block: nn.Module
     architecture: Architecture
 
-    def linear(self, path: str) -> nn.Linear:
+    def linear(self, path: str) -> Projection:
         """The linear layer at a path of the record."""
         module = self.block.get_submodule(path)
-        if not isinstance(module, nn.Linear):
+        projection = Projection.of(module)
+        if projection is None:
             raise UnsupportedModelError(
                 f"layer {self.index}: {path} is a {type(module).__name__}, not a Linear layer; "
                 "prune a float checkpoint, before any quantization."
             )
-        return module
+        return projection
 
     @property
-    def attention_output(self) -> nn.Linear:
+    def attention_output(self) -> Projection:
         """The consumer of the heads."""
         return self.linear(self.architecture.attention.output)
 
     @property
-    def feed_forward_output(self) -> nn.Linear:
+    def feed_forward_output(self) -> Projection:
         """The consumer of the neurons."""
         return self.linear(self.architecture.feed_forward.output)
 
     @property
     def head_size(self) -> int:
-        """Size of one head."""
-        attention = self.architecture.attention
-        return int(getattr(self.block.get_submodule(attention.module), attention.head_size_attribute))
+        """Size of one query, key or value vector."""
+        return int(self._attention_attribute(self.architecture.attention.head_size_attribute))
+
+    @property
+    def queries(self) -> int:
+        """Query heads that share one key and value head."""
+        name = self.architecture.attention.queries_attribute
+        return int(self._attention_attribute(name)) if name else 1
+
+    @property
+    def head_width(self) -> int:
+        """Columns of the output projection that one head feeds: head size, times the queries that share it."""
+        return self.head_size * self.queries
 
     @property
     def heads(self) -> int:
-        """Number of heads."""
-        return self.attention_output.in_features // self.head_size
+        """Number of heads, counted in what can be removed: a key and value head with all the queries that share it."""
+        return self.attention_output.in_features // self.head_width
+
+    @property
+    def head_values(self) -> Tensor:
+        """Weights that make the values, ``(heads, head size, hidden size)``."""
+        weight = self.linear(self.architecture.attention.value).weight
+        by_head = (self.heads, self.head_size, -1)
+        match self.architecture.attention.fused:
+            case "by_part":
+                return weight.chunk(3)[2].reshape(by_head)
+            case "by_head":
+                return weight.reshape(self.heads, 3, self.head_size, -1)[:, 2]
+        return weight.reshape(by_head)
+
+    def head_rows(self, kept: Tensor) -> dict[str, Tensor]:
+        """For every layer that produces heads, the rows that belong to some of the heads.
+
+        Args:
+            kept: Heads, ``(heads,)`` int64.
+
+        Returns:
+            Row indices by path of the layer.
+        """
+        attention = self.architecture.attention
+        if attention.fused == "by_part":
+            columns, part = unit_columns(kept, self.head_size), self.heads * self.head_size
+            return {attention.query: torch.cat([columns + index * part for index in range(3)])}
+        if attention.fused == "by_head":
+            return {attention.query: unit_columns(kept, 3 * self.head_size)}
+        shared = unit_columns(kept, self.head_size)
+        return {attention.query: unit_columns(kept, self.head_width), attention.key: shared, attention.value: shared}
+
+    def _attention_attribute(self, name: str) -> int:
+        return int(getattr(self.block.get_submodule(self.architecture.attention.module), name))
 
     @property
     def neurons(self) -> int:
@@ -77,6 +126,11 @@ class LayerView:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return self.feed_forward_output.out_features
+
+
+def unit_columns(units: Tensor, width: int) -> Tensor:
+    """Columns of whole units, each ``width`` columns wide: ``(units * width,)``."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).reshape(-1)
 
 
 def layer_views(model: PreTrainedModel) -> list[LayerView]:
@@ -92,5 +146,10 @@ def layer_views(model: PreTrainedModel) -> list[LayerView]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no blocks at {architecture.layers!r}, where its record says they are."
         ) from None
+    if len(set(getattr(model.config, "layer_types", None) or ())) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} mixes blocks with full and with sliding-window attention; "
+            "prune a checkpoint whose layer_types are all the same."
+        )
     assert isinstance(blocks, nn.ModuleList)
     return [LayerView(index, block, architecture) for index, block in enumerate(blocks)]

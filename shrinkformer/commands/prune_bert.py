@@ -28,6 +28,7 @@ from shrinkformer.evaluate.evaluation import evaluate_model
 from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.pruner import Calibrated, Pruned, calibrate, timed
+from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.resume import BlockStore, fingerprint
 from shrinkformer.utils.inputs import accepted_inputs
 
@@ -133,7 +134,7 @@ def calibrate_model(
         method=options.method,
         seed=options.seed,
         progress=block_progress("calibrating"),
-        store=store,
+        resources=Resources(store=store),
     )
     shared |= calibrated.seconds
     return calibrated, store

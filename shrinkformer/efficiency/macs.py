@@ -17,18 +17,21 @@ from shrinkformer.errors import UnsupportedModelError
 from shrinkformer.utils.modes import evaluation_mode
 
 
-def head_macs(sequence_length: float, hidden_size: int, head_size: int) -> float:
+def head_macs(sequence_length: float, hidden_size: int, head_size: int, queries: int = 1) -> float:
     """MACs of one attention head for one sequence: 4 L d dh (query, key, value, output) + 2 L^2 dh (scores, context).
 
     Args:
         sequence_length: L, tokens; a mean over a data set may be fractional.
         hidden_size: d, width of the residual stream.
         head_size: dh, width of the head.
+        queries: g, query heads that share the key and the value; the group of them counts as one head with
+            (2 + 2 g) L d dh + 2 g L^2 dh MACs.
 
     >>> head_macs(128, 768, 64)
     27262976
     """
-    return 4 * sequence_length * hidden_size * head_size + 2 * sequence_length**2 * head_size
+    projections = (2 + 2 * queries) * sequence_length * hidden_size * head_size
+    return projections + 2 * queries * sequence_length**2 * head_size
 
 
 def neuron_macs(sequence_length: float, hidden_size: int, gated: bool = False) -> float:
@@ -53,6 +56,7 @@ class LayerSize:
     head_size: int
     neurons: int
     gated: bool = False
+    queries: int = 1
 
 
 def model_macs(layers: Sequence[LayerSize], hidden_size: int, sequence_length: float) -> float:
@@ -67,7 +71,7 @@ def model_macs(layers: Sequence[LayerSize], hidden_size: int, sequence_length: f
     11.173625856
     """
     return sum(
-        layer.heads * head_macs(sequence_length, hidden_size, layer.head_size)
+        layer.heads * head_macs(sequence_length, hidden_size, layer.head_size, layer.queries)
         + layer.neurons * neuron_macs(sequence_length, hidden_size, layer.gated)
         for layer in layers
     )

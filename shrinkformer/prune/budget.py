@@ -1,7 +1,7 @@
 """How many heads and neurons each block keeps under a MAC budget."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +82,8 @@ class CostModel:
     @property
     def head(self) -> float:
         """MACs of one head."""
-        return head_macs(self.budget.sequence_length, self.hidden_size, self.layers[0].head_size)
+        layer = self.layers[0]
+        return head_macs(self.budget.sequence_length, self.hidden_size, layer.head_size, layer.queries)
 
     @property
     def neuron(self) -> float:
@@ -92,7 +93,7 @@ class CostModel:
     def macs(self, counts: Counts) -> float:
         """MACs of what is kept."""
         sizes = [
-            LayerSize(heads, layer.head_size, neurons, layer.gated)
+            replace(layer, heads=heads, neurons=neurons)
             for heads, neurons, layer in zip(counts.heads, counts.neurons, self.layers, strict=True)
         ]
         return model_macs(sizes, self.hidden_size, self.budget.sequence_length)
@@ -115,7 +116,8 @@ class CostModel:
 def layer_sizes(views: Sequence[LayerView]) -> tuple[LayerSize, ...]:
     """Sizes of a model's blocks, read from its weights."""
     return tuple(
-        LayerSize(view.heads, view.head_size, view.neurons, view.architecture.feed_forward.gated) for view in views
+        LayerSize(view.heads, view.head_size, view.neurons, view.architecture.feed_forward.gated, view.queries)
+        for view in views
     )
 
 

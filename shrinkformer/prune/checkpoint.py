@@ -11,12 +11,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.errors import CheckpointError
@@ -32,6 +33,8 @@ _AUTO_CLASSES = {
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForMultipleChoice": "AutoModelForMultipleChoice",
     "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
 }
 
 SIDE_FILES = (  # what sentence-transformers needs beside the model
@@ -112,16 +115,30 @@ def _write_folder(
 def describe_sizes(model: PreTrainedModel, plan: Plan | None = None) -> None:
     """Write the real size of every block, and where it came from, into ``model.config``."""
     views = layer_views(model)
-    architecture = find_architecture(model.config.model_type)
-    model.config.per_layer_config = {
-        view.index: {architecture.heads_key: view.heads, architecture.neurons_key: view.neurons} for view in views
+    describe(model.config, [(view.heads, view.neurons) for view in views], views[0].head_size, plan)
+
+
+def describe(config: PreTrainedConfig, sizes: Sequence[tuple[int, int]], head_size: int, plan: Plan | None) -> None:
+    """Write the sizes of all blocks into a configuration, in place.
+
+    Args:
+        config: The configuration; transformers' own ``per_layer_config`` holds what it can say, the section
+            ``shrinkformer`` all of it.
+        sizes: Heads and neurons of each block.
+        head_size: Size of a head.
+        plan: Where the sizes came from.
+    """
+    architecture = find_architecture(config.model_type)
+    keys = (architecture.heads_key, architecture.neurons_key)
+    config.per_layer_config = {
+        index: {key: size for key, size in zip(keys, pair, strict=True) if key} for index, pair in enumerate(sizes)
     }
     section: dict[str, Any] = {
-        **(getattr(model.config, "shrinkformer", None) or {}),
+        **(getattr(config, "shrinkformer", None) or {}),
         "format": FORMAT,
         "architecture": architecture.to_dict(),
-        "head_size": views[0].head_size,
-        "layers": [{"heads": view.heads, "neurons": view.neurons} for view in views],
+        "head_size": head_size,
+        "layers": [{"heads": heads, "neurons": neurons} for heads, neurons in sizes],
         "versions": {
             "shrinkformer": importlib.metadata.version("shrinkformer"),
             "transformers": transformers.__version__,
@@ -138,7 +155,7 @@ def describe_sizes(model: PreTrainedModel, plan: Plan | None = None) -> None:
             "macs": plan.macs,
             "heads": [list(layer.heads) for layer in plan.layers],  # which; neurons stand in the plan's own file
         }
-    model.config.shrinkformer = section
+    config.shrinkformer = section
 
 
 def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:

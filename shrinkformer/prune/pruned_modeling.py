@@ -1,17 +1,19 @@
 """Pruned transformers as ordinary classes of transformers.
 
 Every checkpoint that shrinkformer writes holds a copy of this file, so it must import nothing but torch and
-transformers. It turns a stock class into one whose blocks have the sizes in ``config.per_layer_config``: this file's
-``BertForQuestionAnswering`` is that of transformers with smaller linear layers, nothing else. The names are the same,
-because pipelines, trainers and exporters look at them. The classes are made on demand (PEP 562), because the set of stock
-classes is not ours to list.
+transformers. It turns a stock class into one whose blocks have the sizes in ``config.shrinkformer["layers"]``:
+this file's ``BertForQuestionAnswering`` is that of transformers with smaller linear layers, nothing else. The names are
+the same, because pipelines, trainers and exporters look at them. The classes are made on demand (PEP 562), because the
+set of stock classes is not ours to list.
 """
 
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 def set_block_sizes(block: nn.Module, architecture: dict[str, Any], heads: int, neurons: int) -> None:
@@ -20,49 +22,49 @@ def set_block_sizes(block: nn.Module, architecture: dict[str, Any], heads: int, 
     Args:
         block: A transformer block; changed in place.
         architecture: The architecture record as a dictionary: paths and attribute names.
-        heads: Number of attention heads, at least 1.
+        heads: Number of attention heads, at least 1; with grouped queries, of key and value heads.
         neurons: Number of feed-forward neurons, at least 1.
     """
     attention, feed_forward = architecture["attention"], architecture["feed_forward"]
     module = block.get_submodule(attention["module"])
     width = heads * int(getattr(module, attention["head_size_attribute"]))
-    for name in ("query", "key", "value"):
-        _resize_linear(block, attention[name], out_features=width)
-    _resize_linear(block, attention["output"], in_features=width)
+    shared_by = attention.get("queries_attribute")
+    queries_width = width * int(getattr(module, shared_by)) if shared_by else width
+    if attention.get("fused"):
+        _resize(block, attention["query"], outputs=3 * width)
+    else:
+        _resize(block, attention["query"], outputs=queries_width)
+        _resize(block, attention["key"], outputs=width)
+        _resize(block, attention["value"], outputs=width)
+    _resize(block, attention["output"], inputs=queries_width)
     for path in feed_forward["inputs"]:
-        _resize_linear(block, path, out_features=neurons)
-    _resize_linear(block, feed_forward["output"], in_features=neurons)
+        _resize(block, path, outputs=neurons)
+    _resize(block, feed_forward["output"], inputs=neurons)
     for name in attention["heads_attributes"]:
         setattr(module, name, heads)
     for name in attention["width_attributes"]:
         setattr(module, name, width)
 
 
-def _resize_linear(
-    block: nn.Module, path: str, *, in_features: int | None = None, out_features: int | None = None
-) -> None:
-    old = block.get_submodule(path)
-    assert isinstance(old, nn.Linear)
-    new = nn.Linear(
-        in_features if in_features is not None else old.in_features,
-        out_features if out_features is not None else old.out_features,
-        bias=old.bias is not None,
-        device="meta",  # no random numbers are drawn: the weights come from the checkpoint or from the surgery
-        dtype=old.weight.dtype,
-    ).to_empty(device=old.weight.device)
+def _resize(block: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None) -> None:
+    old: Any = block.get_submodule(path)
+    transposed = isinstance(old, Conv1D)  # GPT-2 stores its weights as (inputs, outputs)
+    before = old.weight.shape if transposed else old.weight.shape[::-1]
+    sizes = (before[0] if inputs is None else inputs, before[1] if outputs is None else outputs)
+    with torch.device("meta"):  # no random numbers are drawn: the weights come from the checkpoint or from the surgery
+        new = Conv1D(sizes[1], sizes[0]) if transposed else nn.Linear(*sizes, bias=old.bias is not None)
+    new = new.to(old.weight.dtype).to_empty(device=old.weight.device)
     new.weight.requires_grad_(old.weight.requires_grad)
     parent, _, name = path.rpartition(".")
     setattr(block.get_submodule(parent), name, new)
 
 
 def resize_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Give every block of a model the sizes in ``config.per_layer_config``; in place."""
-    architecture = config.shrinkformer["architecture"]
-    blocks: Any = model.base_model.get_submodule(architecture["layers"])
-    for block, sizes in zip(blocks, config.per_layer_config, strict=True):
-        set_block_sizes(
-            block, architecture, getattr(sizes, architecture["heads_key"]), getattr(sizes, architecture["neurons_key"])
-        )
+    """Give every block of a model the sizes in ``config.shrinkformer``; in place."""
+    section = config.shrinkformer
+    blocks: Any = model.base_model.get_submodule(section["architecture"]["layers"])
+    for block, sizes in zip(blocks, section["layers"], strict=True):
+        set_block_sizes(block, section["architecture"], sizes["heads"], sizes["neurons"])
 
 
 def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -79,8 +81,10 @@ def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         if overrides:
             resize_model(self, config)
 
+    # Weights have the stock class's names, so its renames between versions of transformers hold for ours as well.
+    own = {"__init__": __init__, "is_custom_code": classmethod(lambda _cls: stock.is_custom_code())}
     # ``__module__`` must be this file: ``save_pretrained`` copies the file of the class into the new checkpoint.
-    return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": __name__})
+    return type(stock.__name__, (stock,), {**own, "__module__": __name__})
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Prune a model: calibrate once, then produce a smaller model for any budget."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -9,22 +9,21 @@ from time import perf_counter
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from shrinkformer.architectures import layer_views
+from shrinkformer.architectures import LayerView, Projection, layer_views, unit_columns
+from shrinkformer.errors import NumericalError
 from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.methods import DEFAULT_METHOD, LayerRanking, Method, get_method
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.plan import LayerPlan, Plan
 from shrinkformer.prune.refit import Consumer, refit_consumer, slice_consumer
-from shrinkformer.prune.resume import BlockStore
-from shrinkformer.prune.statistics import Progress, Statistics, collect_statistics
+from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.statistics import Batches, LayerMoments, Progress, Statistics, stream_statistics
 from shrinkformer.prune.stream import BlockStream, count_tokens
-from shrinkformer.prune.surgery import head_columns, remove_heads, remove_neurons
-
-Batches = Sequence[Mapping[str, Tensor]]
+from shrinkformer.prune.surgery import remove_heads, remove_neurons
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Calibrated:
         seed: Seed of random methods, recorded in plans.
         statistics: Second moments, or None where the method needs none.
         rankings: One per block.
+        resources: Where weights come from, where data goes, who shares the work.
         seconds: Time of calibration and selection.
     """
 
@@ -56,23 +56,41 @@ class Calibrated:
     seed: int
     statistics: Statistics | None
     rankings: tuple[LayerRanking, ...]
+    resources: Resources = field(default_factory=Resources)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def allocate(self, budget: Budget) -> Counts:
+        """How many heads and neurons every block keeps.
+
+        Raises:
+            BudgetError: The budget is below what every block must keep.
+        """
+        return self.method.allocate(self.rankings, CostModel.of(layer_views(self.model), budget))
+
     def prune(self, budget: Budget) -> Pruned:
-        """A smaller copy of the model that meets a budget.
+        """A smaller copy of the model, in memory, that meets a budget.
 
         Raises:
             BudgetError: The budget is below what every block must keep.
         """
         seconds: dict[str, float] = {}
         with timed(seconds, "allocation"):
-            costs = CostModel.of(layer_views(self.model), budget)
-            counts = self.method.allocate(self.rankings, costs)
-        with timed(seconds, "refit"), torch.no_grad():
-            model = copy.deepcopy(self.model)
-            layers = self._remove_neurons(model, counts)
-            layers = self._remove_heads(model, counts, layers)
-        plan = Plan(
+            counts = self.allocate(budget)
+        with timed(seconds, "refit"):
+            config = copy.deepcopy(self.model.config)
+            views, layers = zip(*self.prune_blocks(counts, config), strict=True)
+            # What deepcopy finds in its memo it takes for copied: everything but blocks and configuration is copied.
+            old = layer_views(self.model)
+            replaced = {id(dense.block): view.block for dense, view in zip(old, views, strict=True)}
+            model = copy.deepcopy(self.model, {**replaced, id(self.model.config): config})
+        plan = self.plan(budget, counts, layers)
+        describe_sizes(model, plan)
+        return Pruned(model, plan, seconds)
+
+    def plan(self, budget: Budget, counts: Counts, layers: Sequence[LayerPlan]) -> Plan:
+        """The plan that :meth:`prune_blocks` carried out."""
+        costs = CostModel.of(layer_views(self.model), budget)
+        return Plan(
             method=self.method.name,
             mu=budget.mu,
             seed=self.seed,
@@ -81,43 +99,51 @@ class Calibrated:
             macs=costs.macs(counts),
             layers=tuple(layers),
         )
-        describe_sizes(model, plan)
-        return Pruned(model, plan, seconds)
 
-    def _remove_neurons(self, model: PreTrainedModel, counts: Counts) -> list[LayerPlan]:
-        layers = []
-        for view, ranking, count in zip(layer_views(model), self.rankings, counts.neurons, strict=True):
-            moments = self.statistics.layers[view.index].neurons if self.statistics else None
-            kept = _best(ranking.neurons.order, count, model.device)
-            consumer = self._consumer(view.feed_forward_output, moments, kept)
-            if count < view.neurons:
-                remove_neurons(view, kept, consumer)
-            layers.append(LayerPlan(heads=(), neurons=tuple(kept.tolist()), ffn_error=consumer.error))
-        return layers
+    @torch.no_grad()
+    def prune_blocks(self, counts: Counts, config: PreTrainedConfig) -> Iterator[tuple[LayerView, LayerPlan]]:
+        """Smaller copies of the blocks, first to last; only one of them needs to be in memory at a time.
 
-    def _remove_heads(self, model: PreTrainedModel, counts: Counts, layers: list[LayerPlan]) -> list[LayerPlan]:
-        """Remove heads, as seen in the model whose neurons are already gone.
+        Args:
+            counts: How many heads and neurons every block keeps.
+            config: The configuration that the copies refer to.
 
-        As published: heads are ordered and refitted on what they compute there; only how many each block keeps was
+        As published: neurons are refitted on what they compute in the dense model; heads are ordered and refitted on
+        what they compute in the model without the removed neurons, and only how many of them each block keeps was
         settled on the dense model.
         """
-        views = layer_views(model)
-        stream = BlockStream(model, views[0].block, self.batches) if self.statistics else None
-        result = []
-        for view, layer, count in zip(views, layers, counts.heads, strict=True):
-            order, moments = self.rankings[view.index].heads.order, None
-            if stream is not None:
-                moments = Moments.zeros(view.attention_output.in_features, model.device)
-                stream.run(view.block, {view.attention_output: moments.update})
-                order = self.method.rank_heads(view, moments, self.seed).order
-            kept = _best(order, count, model.device)
-            consumer = self._consumer(view.attention_output, moments, head_columns(kept, view.head_size))
-            if count < view.heads:
-                remove_heads(view, kept, consumer)
-            result.append(replace(layer, heads=tuple(kept.tolist()), attention_error=consumer.error))
-        return result
+        stream = None
+        if self.statistics is not None:
+            stream = BlockStream(self.model, self.resources.workers.share(self.batches), self.resources.offload)
+        for dense in layer_views(self.model):
+            with self.resources.weights.resident(dense.index):
+                view = replace(dense, block=copy.deepcopy(dense.block, {id(self.model.config): config}))
+            layer = self._remove_neurons(view, counts.neurons[view.index])
+            yield view, self._remove_heads(view, counts.heads[view.index], layer, stream)
 
-    def _consumer(self, linear: nn.Linear, moments: Moments | None, kept: Tensor) -> Consumer:
+    def _remove_neurons(self, view: LayerView, count: int) -> LayerPlan:
+        moments = self.statistics.of(view).neurons if self.statistics and count < view.neurons else None
+        linear = view.feed_forward_output
+        kept = _best(self.rankings[view.index].neurons.order, count, linear.weight.device)
+        consumer = self._consumer(linear, moments, kept)
+        if count < view.neurons:
+            remove_neurons(view, kept, consumer)
+        return LayerPlan(heads=(), neurons=tuple(kept.tolist()), ffn_error=consumer.error)
+
+    def _remove_heads(self, view: LayerView, count: int, layer: LayerPlan, stream: BlockStream | None) -> LayerPlan:
+        order, moments, linear = self.rankings[view.index].heads.order, None, view.attention_output
+        if stream is not None:
+            moments = Moments.zeros(linear.in_features, linear.weight.device)
+            stream.run(view.block, {linear.module: moments.update})
+            moments.all_reduce()
+            order = self.method.rank_heads(view, moments, self.seed).order
+        kept = _best(order, count, linear.weight.device)
+        consumer = self._consumer(linear, moments, unit_columns(kept, view.head_width))
+        if count < view.heads:
+            remove_heads(view, kept, consumer)
+        return replace(layer, heads=tuple(kept.tolist()), attention_error=consumer.error)
+
+    def _consumer(self, linear: Projection, moments: Moments | None, kept: Tensor) -> Consumer:
         if moments is None or len(kept) == linear.in_features:
             return slice_consumer(linear, kept)
         return refit_consumer(linear, moments, kept, centred=self.method.centred)
@@ -130,38 +156,59 @@ def calibrate(
     method: str = DEFAULT_METHOD,
     seed: int = 0,
     progress: Progress = iter,
-    store: BlockStore | None = None,
+    resources: Resources | None = None,
 ) -> Calibrated:
     """Learn everything about a model that pruning it to any budget needs.
 
     Args:
-        model: Any model with an architecture record, in float32 or float64.
+        model: Any model with an architecture record, in any floating-point type.
         batches: Model inputs with an ``attention_mask``; labels are not needed.
         method: Name of a pruning method, see ``METHODS``.
         seed: Seed of random methods.
         progress: Wraps the loop over the blocks, for a progress bar.
-        store: Keeps finished blocks on disk and gives back those of an interrupted run.
+        resources: For models larger than memory, for several processes, and for taking up an interrupted run.
 
     Raises:
         InputError: The method is not known.
         UnsupportedModelError: There is no architecture record for the model.
         NumericalError: The model computes NaN or infinity on the examples.
     """
-    chosen = get_method(method)
+    chosen, resources = get_method(method), resources or Resources()
     model.eval()
-    seconds: dict[str, float] = {}
-    views = layer_views(model)
-    with timed(seconds, "calibration"):
-        statistics = collect_statistics(model, batches, progress=progress, store=store) if chosen.refit else None
-    with timed(seconds, "selection"), torch.no_grad():
-        rankings = tuple(
-            LayerRanking(
-                heads=chosen.rank_heads(view, statistics.layers[view.index].heads if statistics else None, seed),
-                neurons=chosen.rank_neurons(view, statistics.layers[view.index].neurons if statistics else None, seed),
-            )
-            for view in views
-        )
-    return Calibrated(model, batches, chosen, seed, statistics, rankings, seconds)
+    seconds = {"calibration": 0.0, "selection": 0.0}
+    statistics = Statistics(resources.store) if chosen.refit else None
+    rankings = []
+    began = perf_counter()
+    with torch.no_grad():
+        for view, moments in _learn(model, batches, resources, progress, chosen):
+            with timed(seconds, "selection"):
+                rankings.append(_rank(chosen, view, moments, seed))
+            if statistics is not None and moments is not None and resources.offload is None:
+                statistics.layers[view.index] = moments
+    seconds["calibration"] = perf_counter() - began - seconds["selection"]
+    return Calibrated(model, batches, chosen, seed, statistics, tuple(rankings), resources, seconds)
+
+
+def _learn(
+    model: PreTrainedModel, batches: Batches, resources: Resources, progress: Progress, method: Method
+) -> Iterator[tuple[LayerView, LayerMoments | None]]:
+    """Every block with its weights on the device, and with its moments where the method wants them."""
+    if method.refit:
+        yield from stream_statistics(model, batches, resources, progress=progress)
+        return
+    for view in progress(layer_views(model)):
+        with resources.weights.resident(view.index):
+            yield view, None
+
+
+def _rank(method: Method, view: LayerView, moments: LayerMoments | None, seed: int) -> LayerRanking:
+    for linear in (view.attention_output, view.feed_forward_output):
+        if not torch.isfinite(linear.weight).all():
+            raise NumericalError(f"layer {view.index}: the weights contain NaN or infinity; use another checkpoint.")
+    return LayerRanking(
+        heads=method.rank_heads(view, moments.heads if moments else None, seed),
+        neurons=method.rank_neurons(view, moments.neurons if moments else None, seed),
+    )
 
 
 def prune_model(

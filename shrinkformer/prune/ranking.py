@@ -57,8 +57,8 @@ def rank_heads_by_pivots(view: LayerView, moments: Moments, centred: bool) -> Ra
         position is the norm of what the heads before it cannot explain, multiplied by the consumer's weights.
     """
     second = gram(moments, centred)
-    order = group_order(second, view.head_size)
-    tails = schur_group_errors(second, order, view.head_size, view.attention_output.weight.double().T)
+    order = group_order(second, view.head_width)
+    tails = schur_group_errors(second, order, view.head_width, view.attention_output.weight.double().T)
     errors = np.asarray(tails.cpu())
     return Ranking(order=order.cpu().numpy(), scores=errors[:-1], tails=errors)
 
@@ -80,10 +80,9 @@ def rank_neurons_by_magnitude(view: LayerView) -> Ranking:
 
 def rank_heads_by_magnitude(view: LayerView) -> Ranking:
     """Heads by the product of the norms of their value and output weights."""
-    value = view.linear(view.architecture.attention.value).weight.double()
-    output = view.attention_output.weight.double()
-    by_head = (view.heads, -1)
-    return _by_score(value.reshape(by_head).norm(dim=1) * output.T.reshape(by_head).norm(dim=1))
+    values = view.head_values.double().flatten(1)
+    outputs = view.attention_output.weight.double().T.reshape(view.heads, -1)
+    return _by_score(values.norm(dim=1) * outputs.norm(dim=1))
 
 
 def rank_at_random(size: int, rng: np.random.Generator) -> Ranking:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from shrinkformer.architectures import Projection
 from shrinkformer.prune.interpolative import fold
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.ranking import gram
@@ -26,13 +27,13 @@ class Consumer:
 
 
 @torch.no_grad()
-def slice_consumer(linear: nn.Linear, kept: Tensor) -> Consumer:
+def slice_consumer(linear: Projection, kept: Tensor) -> Consumer:
     """Drop columns and change nothing else."""
     return Consumer(linear.weight[:, kept].clone(), None if linear.bias is None else linear.bias.clone(), 0.0)
 
 
 @torch.no_grad()
-def refit_consumer(linear: nn.Linear, moments: Moments, kept: Tensor, *, centred: bool) -> Consumer:
+def refit_consumer(linear: Projection, moments: Moments, kept: Tensor, *, centred: bool) -> Consumer:
     """Drop columns and let the others take over, by least squares on the calibration examples.
 
     With inputs ``z`` and weights ``W`` (columns are inputs), the new weights minimise the mean of
@@ -48,14 +49,14 @@ def refit_consumer(linear: nn.Linear, moments: Moments, kept: Tensor, *, centred
     Source:
         STAT, arXiv 2406.00061, without centring. With it: ordinary least squares with an intercept.
     """
-    centred = centred and linear.bias is not None
+    bias = linear.bias
+    centred = centred and bias is not None
     second = gram(moments, centred)
     old = linear.weight.double().T  # (columns, outputs)
     new = fold(second, kept, old)
-    bias: Tensor | None = linear.bias
-    if centred:
+    if centred and bias is not None:
         mean = moments.mean
-        bias = (linear.bias.double() + mean @ old - mean[kept] @ new).to(linear.bias.dtype)
+        bias = (bias.double() + mean @ old - mean[kept] @ new).to(bias.dtype)
     return Consumer(
         weight=new.T.to(linear.weight.dtype).contiguous(),
         bias=None if bias is None else bias.clone(),

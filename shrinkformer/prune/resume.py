@@ -57,10 +57,14 @@ class BlockStore:
                     "repeat the earlier command exactly, or leave --resume out to start anew."
                 )
 
+    def holds(self, block: int) -> bool:
+        """Whether the moments of a block are there."""
+        return self._file(block).exists()
+
     def read(self, block: int, device: torch.device) -> dict[str, Moments] | None:
         """Moments of a finished block by sublayer, on a device, or None."""
         file = self._file(block)
-        if not file.exists():
+        if not self.holds(block):
             return None
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             states: dict[str, dict[str, Tensor]] = {}

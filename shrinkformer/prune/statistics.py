@@ -1,17 +1,19 @@
 """Second moments of what each sublayer's consumer weight sees."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import LayerView, layer_views
 from shrinkformer.prune.moments import Moments
+from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.resume import BlockStore
 from shrinkformer.prune.stream import BlockStream
 
 Progress = Callable[[Iterable[LayerView]], Iterable[LayerView]]
+Batches = Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -22,45 +24,67 @@ class LayerMoments:
     neurons: Moments
 
 
-@dataclass(frozen=True)
+@dataclass
 class Statistics:
     """What one pass of the calibration examples through the dense model leaves behind.
 
     Enough for any budget: nothing else of the examples is needed to choose columns or to refit a weight.
+
+    Attributes:
+        store: Where the moments are that are not in memory.
+        layers: Moments in memory, by block.
     """
 
-    layers: tuple[LayerMoments, ...]
-    tokens: int
+    store: BlockStore | None = None
+    layers: dict[int, LayerMoments] = field(default_factory=dict)
+
+    def of(self, view: LayerView) -> LayerMoments:
+        """The moments of a block, on its device."""
+        if view.index in self.layers:
+            return self.layers[view.index]
+        moments = self.store.read(view.index, view.feed_forward_output.weight.device) if self.store else None
+        assert moments is not None, f"no statistics of layer {view.index}"
+        return LayerMoments(**moments)
 
 
-def collect_statistics(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, progress: Progress = iter, store: BlockStore | None = None
-) -> Statistics:
-    """Send the calibration examples through a model and keep the second moments of every consumer's input.
+def stream_statistics(
+    model: PreTrainedModel, batches: Batches, resources: Resources, *, progress: Progress = iter
+) -> Iterator[tuple[LayerView, LayerMoments]]:
+    """Send the calibration examples through a model and give the second moments of every consumer's input.
+
+    While a block is handed out, its weights are on the device. With several workers each sends its share of the
+    examples, and all of them get the sums.
 
     Args:
         model: The dense model, in evaluation mode.
-        batches: Model inputs with an ``attention_mask``.
+        batches: Model inputs with an ``attention_mask``; those of all workers.
+        resources: Where weights come from and where data goes.
         progress: Wraps the loop over the blocks, for a progress bar.
-        store: Keeps finished blocks on disk and gives back those of an interrupted run.
     """
-    views = layer_views(model)
-    stream = BlockStream(model, views[0].block, batches)
-    layers = []
-    for view in progress(views):
-        moments = store.read(view.index, model.device) if store is not None else None
-        if moments is not None:
-            stream.run(view.block)
-        else:
-            moments = _observe(stream, view)
-            if store is not None:
-                store.write(view.index, moments)
-        layers.append(LayerMoments(**moments))
-    return Statistics(tuple(layers), stream.tokens)
+    workers, store = resources.workers, resources.store
+    stream = BlockStream(model, workers.share(batches), resources.offload)
+    for view in progress(layer_views(model)):
+        with resources.weights.resident(view.index):
+            finished = workers.broadcast(store is not None and store.holds(view.index))
+            if finished and store is not None:
+                moments = store.read(view.index, view.feed_forward_output.weight.device)
+                stream.run(view.block)
+            else:
+                moments = _observe(stream, view)
+                if store is not None and workers.is_main:
+                    store.write(view.index, moments)
+                workers.barrier()
+            assert moments is not None
+            yield view, LayerMoments(**moments)
 
 
 def _observe(stream: BlockStream, view: LayerView) -> dict[str, Moments]:
-    device = view.feed_forward_output.weight.device
-    heads, neurons = (Moments.zeros(size, device) for size in (view.attention_output.in_features, view.neurons))
-    stream.run(view.block, {view.attention_output: heads.update, view.feed_forward_output: neurons.update})
-    return {"heads": heads, "neurons": neurons}
+    heads, neurons = view.attention_output, view.feed_forward_output
+    moments = {
+        "heads": Moments.zeros(heads.in_features, heads.weight.device),
+        "neurons": Moments.zeros(neurons.in_features, neurons.weight.device),
+    }
+    stream.run(view.block, {heads.module: moments["heads"].update, neurons.module: moments["neurons"].update})
+    for one in moments.values():
+        one.all_reduce()
+    return moments

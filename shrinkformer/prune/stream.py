@@ -1,10 +1,11 @@
-"""Calibration examples on their way through a model, one block at a time.
+"""Examples on their way through a model, one block at a time.
 
 The blocks themselves do the computing: the arguments of the first block are recorded with a forward pre-hook, then
 every block is called with what it got there, so no forward pass is written a second time and no argument is lost.
 Only the hidden states of all examples and one block's working set are in memory.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shrinkformer.architectures import layer_views
+from shrinkformer.prune.hidden import Offload, hidden_states
 from shrinkformer.utils.inputs import accepted_inputs
 
 Observer = Callable[[Tensor], None]
@@ -25,9 +28,10 @@ class _FirstBlockReached(Exception):  # noqa: N818
     """Ends a forward pass whose remaining blocks nobody needs."""
 
 
-@dataclass
-class _MicroBatch:
-    hidden: Tensor  # (examples, length, hidden size)
+@dataclass(frozen=True)
+class _Arguments:
+    """What the first block got beside the hidden states; every block gets the same."""
+
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mask: Tensor  # (examples, length), True where there is a token
@@ -54,21 +58,34 @@ class _RowBuffer:
 
 
 class BlockStream:
-    """The hidden states of all calibration examples at the entrance of one block.
+    """The hidden states of all examples at the entrance of one block.
 
     Args:
-        model: A model in evaluation mode.
-        first_block: The first of its transformer blocks.
+        model: A model in evaluation mode; its blocks need no weights yet, everything around them does.
         batches: Model inputs with an ``attention_mask``; padding never reaches an observer.
+        offload: Where hidden states go; None keeps them on the model's device.
     """
 
-    def __init__(self, model: PreTrainedModel, first_block: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        self._batches = [_record(model, first_block, accepted_inputs(model.base_model, batch)) for batch in batches]
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], offload: Offload | None = None
+    ) -> None:
+        self._model = model
+        self._batches = batches
+        self._hidden = hidden_states(offload, model.device)
+        self._arguments: list[_Arguments] = []
+        self._gives_tuples = False
+        shared: dict[torch.Size, _Arguments] = {}  # without padding, arguments depend on the shape only
+        for index, batch in enumerate(batches):
+            hidden, arguments = _record(model, batch)
+            self._hidden[index] = hidden
+            if arguments.mask.all():
+                arguments = shared.setdefault(arguments.mask.shape, arguments)
+            self._arguments.append(arguments)
 
     @property
     def tokens(self) -> int:
         """Number of tokens, padding excluded."""
-        return sum(int(batch.mask.sum()) for batch in self._batches)
+        return count_tokens(self._batches)
 
     @torch.no_grad()
     def run(self, block: nn.Module, observers: Mapping[nn.Module, Observer] | None = None) -> None:
@@ -79,27 +96,65 @@ class BlockStream:
             observers: For a layer inside the block, a function that gets the rows of its input, ``(tokens, features)``.
         """
         buffers = {module: _RowBuffer(observer) for module, observer in (observers or {}).items()}
-        for batch in self._batches:
-            with _observed(buffers, batch.mask):
-                output = block(batch.hidden, *batch.args, **batch.kwargs)
-            batch.hidden = output[0] if isinstance(output, tuple) else output
+        for index, arguments in enumerate(self._arguments):
+            with _observed(buffers, arguments.mask):
+                output = block(self._hidden[index], *arguments.args, **arguments.kwargs)
+            self._gives_tuples = isinstance(output, tuple)
+            self._hidden[index] = output[0] if self._gives_tuples else output
         for buffer in buffers.values():
             buffer.flush()
 
+    @torch.no_grad()
+    def outputs(self) -> Iterator[Any]:
+        """What the whole model makes of the hidden states behind the last block: its own output for each batch.
+
+        The model's own code runs, with one stand-in for all of its blocks that hands out the hidden states.
+        """
+        stand_in = _StandIn(self._gives_tuples)
+        with _blocks_replaced(self._model, stand_in):
+            for index, batch in enumerate(self._batches):
+                stand_in.hidden = self._hidden[index]
+                yield self._model(**_inputs(self._model, batch))
+
+
+class _StandIn(nn.Module):
+    """Takes the place of all blocks and ignores its input."""
+
+    def __init__(self, gives_tuples: bool) -> None:
+        super().__init__()
+        self.hidden = torch.empty(0)
+        self._gives_tuples = gives_tuples
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002  (whatever a block gets)
+        return (self.hidden,) if self._gives_tuples else self.hidden
+
+
+@contextmanager
+def _blocks_replaced(model: PreTrainedModel, stand_in: nn.Module) -> Iterator[None]:
+    path = layer_views(model)[0].architecture.layers
+    base: nn.Module = model.base_model
+    blocks = base.get_submodule(path)
+    base.set_submodule(path, nn.ModuleList([stand_in]))
+    try:
+        yield
+    finally:
+        base.set_submodule(path, blocks)
+
 
 @torch.no_grad()
-def _record(model: PreTrainedModel, first_block: nn.Module, batch: dict[str, Tensor]) -> _MicroBatch:
-    recorded: list[_MicroBatch] = []
+def _record(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, _Arguments]:
+    recorded: list[tuple[Tensor, _Arguments]] = []
+    inputs = _inputs(model.base_model, batch)
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = dict(kwargs)
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
-        recorded.append(_MicroBatch(hidden, tuple(rest), kwargs, batch["attention_mask"].bool()))
+        recorded.append((hidden, _Arguments(tuple(rest), kwargs, inputs["attention_mask"].bool())))
         raise _FirstBlockReached
 
-    handle = first_block.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = layer_views(model)[0].block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        model.base_model(**batch)
+        model.base_model(**inputs)
     except _FirstBlockReached:
         pass
     finally:
@@ -107,11 +162,18 @@ def _record(model: PreTrainedModel, first_block: nn.Module, batch: dict[str, Ten
     return recorded[0]
 
 
+def _inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a model takes of a batch; decoders are told to keep no keys and values for a next token."""
+    cached = "use_cache" in inspect.signature(model.forward).parameters
+    return {**accepted_inputs(model, batch), **({"use_cache": False} if cached else {})}
+
+
 @contextmanager
 def _observed(observers: Mapping[nn.Module, Observer], mask: Tensor) -> Iterator[None]:
     def hook_for(observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            observer(args[0][mask])
+            rows = args[0]
+            observer(rows.reshape(*mask.shape, rows.shape[-1])[mask])  # OPT flattens examples and positions
 
         return hook
 
@@ -123,6 +185,6 @@ def _observed(observers: Mapping[nn.Module, Observer], mask: Tensor) -> Iterator
             handle.remove()
 
 
-def count_tokens(batches: Sequence[Mapping[str, Tensor]]) -> int:
+def count_tokens(batches: Iterable[Mapping[str, Tensor]]) -> int:
     """Number of tokens in model inputs, padding excluded."""
     return sum(int(batch["attention_mask"].sum()) for batch in batches)

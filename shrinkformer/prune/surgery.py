@@ -19,9 +19,8 @@ def remove_heads(view: LayerView, kept: Tensor, consumer: Consumer) -> None:
         kept: Indices of the heads that stay, ``(heads,)`` int64.
         consumer: Weights of the output projection for the heads that stay.
     """
-    attention = view.architecture.attention
-    rows = head_columns(kept, view.head_size)
-    _rebuild(view, len(kept), view.neurons, dict.fromkeys(attention.producers, rows), {attention.output: consumer})
+    output = view.architecture.attention.output
+    _rebuild(view, len(kept), view.neurons, view.head_rows(kept), {output: consumer})
 
 
 @torch.no_grad()
@@ -35,11 +34,6 @@ def remove_neurons(view: LayerView, kept: Tensor, consumer: Consumer) -> None:
     """
     feed_forward = view.architecture.feed_forward
     _rebuild(view, view.heads, len(kept), dict.fromkeys(feed_forward.inputs, kept), {feed_forward.output: consumer})
-
-
-def head_columns(heads: Tensor, head_size: int) -> Tensor:
-    """Columns of whole heads, ``(heads * head size,)``."""
-    return (heads[:, None] * head_size + torch.arange(head_size, device=heads.device)).reshape(-1)
 
 
 def _rebuild(
