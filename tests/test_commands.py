@@ -198,7 +198,7 @@ BAD_INPUT = {
     "no data folder": (["--data_dir", "nowhere"], r"--data_dir nowhere: no such folder"),
     "no calibration file": (["--calibration_file", "x.txt"], r"--calibration_file x.txt: no such file"),
     "no model": (["--model_name", "nobody/nothing"], r"--model_name nobody/nothing: not in models/nobody/nothing/sst2"),
-    "folder without model": (["--model_name", "empty"], r"--model_name empty: the folder has no config.json"),
+    "folder without model": (["--model_name", "empty"], r"--model_name empty: the folder empty has no config.json"),
     "label count": (["--model_name", "three"], r"--model_name three: the checkpoint has 3 label.*sst2 has 2"),
     "wrong head": (["--task_name", "squad"], r"--model_name mine: it is a BertForSequenceClassification.*squad"),
     "output is a file": (["--output_dir", "file"], r"--output_dir file: .*is a file"),
@@ -211,7 +211,10 @@ BAD_INPUT = {
     "seed": (["--seed", "-1"], r"--seed -1"),
     "round_to": (["--round_to", "0"], r"--round_to 0"),
     "sequence length": (["--sequence_length", "-3"], r"--sequence_length -3"),
-    "unsupported family": (["--model_name", "gpt"], r"--model_name gpt: model_type 'gpt2' has no architecture record"),
+    "unsupported family": (
+        ["--model_name", "bloom"],
+        r"--model_name bloom: model_type 'bloom' has no architecture record",
+    ),
     "missing task data": (["--task_name", "rte"], r"rte"),
 }
 
@@ -224,15 +227,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
     checkpoint(tmp_path / "mine")
     checkpoint(tmp_path / "three", num_labels=3)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "gpt").mkdir()
-    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    (tmp_path / "bloom").mkdir()
+    (tmp_path / "bloom" / "config.json").write_text('{"model_type": "bloom", "architectures": ["BloomForCausalLM"]}')
     (tmp_path / "file").write_text("")
     before = set(tmp_path.iterdir())
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("shrinkformer.commands.prune_bert.load_model", never)
+    monkeypatch.setattr("shrinkformer.commands.pruning.load_model", never)
     capsys.readouterr()  # progress bars of the files made above
     assert run("--model_name", "mine", "--task_name", "sst2", *arguments) == 2
     captured = capsys.readouterr()

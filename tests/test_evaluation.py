@@ -23,6 +23,7 @@ from shrinkformer.dataset.encoding import Encoded, Window, encode
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.errors import CheckpointError, DataError, NumericalError
 from shrinkformer.evaluate.evaluation import evaluate_model, label_columns
+from shrinkformer.utils.parallel import Workers
 
 WORDS = [f"w{index}" for index in range(40)]
 
@@ -234,6 +235,45 @@ class TestByHand:
         assert metrics["exact_match"] == pytest.approx(100 * 2 / 3)
         assert metrics["f1"] == pytest.approx(100 * 2 / 3)
         assert metrics["f1_stderr"] == pytest.approx(stats.sem([100, 0, 100]))
+
+
+class Waiting(Exception):  # noqa: N818
+    """Raised where a process would wait for the others."""
+
+
+class OneByOne(Workers):
+    """Processes that take turns: the last one to be asked gets what all of them gathered."""
+
+    def __init__(self, rank, parts):
+        super().__init__(rank, size=3)
+        object.__setattr__(self, "parts", parts)
+
+    def gather(self, items):
+        self.parts[self.rank] = list(items)
+        if len(self.parts) < self.size:
+            raise Waiting
+        together = [None] * sum(map(len, self.parts.values()))
+        for rank, part in self.parts.items():
+            together[rank :: self.size] = part
+        return together
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("squad", BertForQuestionAnswering), ("mrpc", BertForSequenceClassification)]
+)
+def test_processes_share_the_work(name, cls, tokenizer):
+    task, parts = get_task(name), {}
+    data, model = encoded(task, tokenizer), tiny(cls)
+    arguments = (model, tokenizer, task, {"validation": data})
+    for rank in (2, 1):
+        with pytest.raises(Waiting):
+            evaluate_model(*arguments, keep_logits=True, workers=OneByOne(rank, parts))
+    shared = evaluate_model(*arguments, keep_logits=True, workers=OneByOne(0, parts))
+    alone = evaluate_model(*arguments, keep_logits=True)
+    assert sorted(map(len, parts.values())) == [4, 4, 5]
+    assert shared.metrics == pytest.approx(alone.metrics, abs=1e-5)
+    assert shared.tokens == alone.tokens
+    np.testing.assert_allclose(shared.logits["validation"], alone.logits["validation"], atol=2e-5)
 
 
 class TestErrors:

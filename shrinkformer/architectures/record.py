@@ -19,7 +19,7 @@ class AttentionRecord:
         width_attributes: Attributes of ``module`` that hold number of heads times head size.
         queries_attribute: Attribute of ``module`` with the number of query heads that share a key and a value head;
             "" where each has its own.
-        fused: How the rows of one layer for query, key and value are laid out: ``"by_part"`` (all queries, all keys, all
+        fused: How the rows of one layer for query, key and value lie: ``"by_part"`` (all queries, all keys, all
             values), ``"by_head"`` (query, key and value of the first head, then of the second), or "" for three layers.
     """
 

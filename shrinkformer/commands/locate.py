@@ -1,6 +1,9 @@
 """Find and load checkpoints."""
 
+import copy
 import importlib.util
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,12 +22,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from shrinkformer.architectures import find_architecture
-from shrinkformer.commands.options import BUNDLED_MODEL
+from shrinkformer.architectures import DECODERS, find_architecture
+from shrinkformer.commands.options import BUNDLED_DECODER, BUNDLED_MODEL
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelError
+from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.checkpoint import load
-from shrinkformer.prune.pruned_modeling import pruned_class
+from shrinkformer.prune.lazy import load_lazily
+from shrinkformer.prune.resources import BlockWeights, InMemory
 
 MODELS_DIR = Path("models")
 
@@ -34,7 +39,6 @@ AUTO_MODELS = {
     "question_answering": AutoModelForQuestionAnswering,
     "similarity": AutoModel,
 }
-
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -73,34 +77,65 @@ def find_model(model_name: str, task: Task) -> Source:
     Raises:
         InputError: It is nowhere, or does not fit the task.
     """
-    location = _locate(model_name, task)
+    bundled = bundled_model() if model_name == BUNDLED_MODEL else None
+    source = _find(model_name, [MODELS_DIR / model_name / task.name], bundled, on_hub=model_name)
+    _require_head(source, task)
+    return source
+
+
+def find_decoder(model_name: str, task: str) -> Source:
+    """The same for a language model, which is made for no task: ``models/<model_name>`` is looked at too.
+
+    STAT's short names of OPT models, such as ``opt-125M``, stand for those on the hub.
+
+    Raises:
+        InputError: It is nowhere, or is no language model.
+    """
+    folders = [MODELS_DIR / model_name / task, MODELS_DIR / model_name]
+    bundled = bundled_decoder() if model_name == BUNDLED_DECODER else None
+    short = re.fullmatch(r"opt-[\d.]+[mb]", model_name.lower())
+    source = _find(model_name, folders, bundled, on_hub=f"facebook/{model_name.lower()}" if short else model_name)
+    architecture = (getattr(source.config, "architectures", None) or [""])[0]
+    if source.config.model_type not in DECODERS or not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        raise InputError(
+            f"--model_name {model_name}: it is a {architecture or source.config.model_type}, but a language model "
+            f"(...ForCausalLM of {', '.join(sorted(DECODERS))}) is needed; for an encoder use prune_bert.py."
+        )
+    return source
+
+
+def _find(model_name: str, folders: Sequence[Path], bundled: Path | None, *, on_hub: str) -> Source:
+    location = _locate(model_name, folders, bundled, on_hub)
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"--model_name {model_name}: not in {MODELS_DIR / model_name / task.name}, not a checkpoint folder, not "
-            f"bundled ({BUNDLED_MODEL}), and not on the hub ({_first_line(error)}); "
-            "prerequisites/prepare_checkpoints.py makes one."
+            f"--model_name {model_name}: not in {folders[0]}, not a checkpoint folder, not bundled ({BUNDLED_MODEL}, "
+            f"{BUNDLED_DECODER}), and not on the hub ({_first_line(error)}); prerequisites/ has scripts that make one."
         ) from None
     try:
         find_architecture(config.model_type)
     except UnsupportedModelError as error:
         raise InputError(f"--model_name {model_name}: {error}") from None
-    source = Source(Path(model_name).resolve().name if Path(model_name).exists() else model_name, location, config)
-    _require_head(source, task)
-    return source
+    return Source(Path(model_name).resolve().name if Path(model_name).exists() else model_name, location, config)
 
 
-def _locate(model_name: str, task: Task) -> str:
-    for folder in (MODELS_DIR / model_name / task.name, Path(model_name)):
+def _locate(model_name: str, folders: Sequence[Path], bundled: Path | None, on_hub: str) -> str:
+    for folder in (*folders, Path(model_name)):
         if (folder / "config.json").is_file():
             return str(folder)
-        if folder.is_dir() and folder != Path(model_name):
-            raise InputError(f"--model_name {model_name}: {folder} has no config.json; it is not a checkpoint.")
-    if Path(model_name).is_dir():
-        raise InputError(f"--model_name {model_name}: the folder has no config.json; it is not a checkpoint.")
-    bundled = bundled_model() if model_name == BUNDLED_MODEL else None
-    return str(bundled) if bundled else model_name
+    for folder in (folders[0], Path(model_name)):
+        if folder.is_dir():
+            raise InputError(
+                f"--model_name {model_name}: the folder {folder} has no config.json; it is not a checkpoint."
+            )
+    return str(bundled) if bundled else on_hub
+
+
+def bundled_decoder() -> Path | None:
+    """Folder of the demo language model, which comes with the source tree."""
+    folder = Path(__file__).resolve().parents[2] / MODELS_DIR / BUNDLED_DECODER
+    return folder if (folder / "config.json").is_file() else None
 
 
 def bundled_model() -> Path | None:
@@ -130,31 +165,48 @@ def _require_head(source: Source, task: Task) -> None:
         )
 
 
-def empty_model(source: Source) -> PreTrainedModel:
-    """The base model without weights, for its shapes."""
+def model_class(source: Source, task: Task | None) -> Any:
+    """The class that loads a checkpoint for a task, or as a language model; an Auto class where it was not pruned."""
+    if source.pruned:
+        return getattr(pruned_modeling, (source.config.architectures or ["nothing"])[0])
+    return AutoModelForCausalLM if task is None else AUTO_MODELS[task.kind]
+
+
+def empty_model(source: Source, chosen: Any) -> PreTrainedModel:
+    """A model without weights, for its shapes."""
     with torch.device("meta"):
-        if source.pruned:
-            return pruned_class(MODEL_MAPPING[type(source.config)])(source.config)
-        model: PreTrainedModel = AutoModel.from_config(source.config)
+        model: PreTrainedModel = (
+            chosen(copy.deepcopy(source.config)) if source.pruned else chosen.from_config(copy.deepcopy(source.config))
+        )
         return model
 
 
-def load_model(source: Source, task: Task, device: str) -> PreTrainedModel:
-    """The model in float32, in evaluation mode; a model that this package pruned is as good as any.
+def load_model(
+    source: Source, chosen: Any, device: str, dtype: torch.dtype, *, lazily: bool = False
+) -> tuple[PreTrainedModel, BlockWeights]:
+    """The model in evaluation mode, and the access to its blocks; what this package pruned is as good as any.
+
+    Args:
+        source: Where it is.
+        chosen: Its class, from :func:`model_class`.
+        device: Where it goes.
+        dtype: Of its weights.
+        lazily: Leave the weights of the blocks in the files.
 
     Raises:
         CheckpointError: The weights cannot be read.
     """
     try:
+        if lazily:
+            return load_lazily(chosen, source.location, dtype=dtype, device=device)
         if source.pruned:
-            model = load(source.location, dtype=torch.float32)
+            model: PreTrainedModel = load(source.location, dtype=dtype)
         else:
-            auto = AUTO_MODELS[task.kind]
-            model = auto.from_pretrained(source.location, dtype=torch.float32, trust_remote_code=False)
+            model = chosen.from_pretrained(source.location, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{source.location}: the weights cannot be read: {_first_line(error)}") from None
-    result: PreTrainedModel = model.to(device).eval()
-    return result
+    moved: Any = model.to(device)
+    return moved.eval(), InMemory()
 
 
 def may_have_tokenizer(location: str) -> bool:

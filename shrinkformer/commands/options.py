@@ -2,13 +2,14 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from shrinkformer.dataset.corpora import CORPORA, get_corpus, require_different_files
 from shrinkformer.dataset.tasks import TASKS, get_task
 from shrinkformer.errors import InputError
 from shrinkformer.prune.budget import Budget
@@ -16,6 +17,7 @@ from shrinkformer.prune.checkpoint import may_be_replaced
 from shrinkformer.prune.methods import DEFAULT_METHOD, METHODS, get_method
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
+BUNDLED_DECODER = "opt-mini"
 
 
 def option(default: Any, help_text: str, **argument: Any) -> Any:
@@ -25,17 +27,13 @@ def option(default: Any, help_text: str, **argument: Any) -> Any:
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """Options of ``prune_bert.py``; every flag is a field.
+    """Options of every pruning command; every flag is a field.
 
     Raises:
         InputError: A value is out of its range, or a file or folder is not there.
     """
 
-    model_name: str = option(
-        BUNDLED_MODEL,
-        "checkpoint: models/<name>/<task>, a folder, the bundled all-MiniLM-L6-v2, or a name on the hub",
-    )
-    task_name: str = option("similarity", f"task to calibrate on and to evaluate: {', '.join(TASKS)}")
+    model_name: str = option("", "checkpoint: models/<name>/<task>, a folder, a bundled model, or a name on the hub")
     mu: tuple[float, ...] = option(
         (0.5,), "fraction of MACs that stays; several values share one calibration", nargs="+"
     )
@@ -43,23 +41,30 @@ class PruneOptions:
     seed: int = option(0, "seed of the calibration sample")
     sample_batch_size: int = option(512, "number of calibration examples")
     data_dir: Path | None = option(None, "folder with data sets in the hub's column names; else the hub is asked")
-    calibration_file: Path | None = option(None, "own calibration examples: .jsonl, .json, .parquet, .csv or .txt")
     bundled_data: bool = option(False, "use the small samples in the package where --data_dir has nothing")
-    sequence_length: float | None = option(None, "length at which MACs count (default: mean of the evaluation set)")
     round_to: int = option(1, "keep a multiple of this many neurons in every block")
     min_heads: int = option(1, "heads that every block keeps at least")
     min_neurons: int = option(1, "neurons that every block keeps at least")
     batch_size: int = option(32, "examples per forward pass; changes speed and memory, not results")
-    save_dir: Path | None = option(None, "where the pruned model goes (default: output/<model>/<task>-mu<mu>)")
+    save_dir: Path | None = option(None, "where the pruned model goes (default: below --output_dir)")
     output_dir: Path = option(Path("output"), "where reports go")
     device: str = option("auto", "auto, cpu, cuda or cuda:<n>")
+    max_memory: float | None = option(
+        None,
+        "GiB that weights and statistics may take; larger models pass block by block (default: 80 %% of what is free)",
+    )
+    offload_dir: Path | None = option(None, "folder for what does not fit into memory (default: below --output_dir)")
     dry_run: bool = option(False, "print what would be done, with sizes, memory and time, and stop")
     resume: bool = option(False, "take up the calibration of an earlier, interrupted run")
 
+    @property
+    def mac_length(self) -> float | None:
+        """Length at which MACs are counted, where the user gave one."""
+        return getattr(self, "sequence_length", None)
+
     def __post_init__(self) -> None:
-        get_task(self.task_name)
         get_method(self.method)
-        length = 1.0 if self.sequence_length is None else self.sequence_length  # the mean length is not known yet
+        length = 1.0 if self.mac_length is None else self.mac_length  # the mean length is not known yet
         for mu in self.mu:
             Budget(mu, length, self.round_to, self.min_heads, self.min_neurons)
         for name in ("sample_batch_size", "batch_size"):
@@ -67,18 +72,89 @@ class PruneOptions:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1.")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: must not be negative.")
+        if self.max_memory is not None and not self.max_memory > 0:
+            raise InputError(f"--max_memory {self.max_memory}: must be positive; it is in GiB.")
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise InputError(f"--data_dir {self.data_dir}: no such folder; leave it out to ask the hub.")
-        if self.calibration_file is not None and not self.calibration_file.is_file():
-            raise InputError(f"--calibration_file {self.calibration_file}: no such file.")
-        require_writable("--output_dir", self.output_dir)
-        if self.save_dir is not None:
-            require_writable("--save_dir", self.save_dir)
-            if len(self.mu) == 1 and not may_be_replaced(self.save_dir):
-                raise InputError(
-                    f"--save_dir {self.save_dir}: it holds something else than our checkpoints; choose a new folder."
-                )
+        for name in ("calibration_file", "evaluation_file"):
+            file = getattr(self, name, None)
+            if file is not None and not file.is_file():
+                raise InputError(f"--{name} {file}: no such file.")
+        for name in ("output_dir", "save_dir", "offload_dir"):
+            if getattr(self, name) is not None:
+                require_writable(f"--{name}", getattr(self, name))
+        if self.save_dir is not None and len(self.mu) == 1 and not may_be_replaced(self.save_dir):
+            raise InputError(
+                f"--save_dir {self.save_dir}: it holds something else than our checkpoints; choose a new folder."
+            )
         resolve_device(self.device)
+
+
+@dataclass(frozen=True)
+class EncoderOptions(PruneOptions):
+    """Options of ``prune_bert.py``."""
+
+    model_name: str = option(
+        BUNDLED_MODEL,
+        "checkpoint: models/<name>/<task>, a folder, the bundled all-MiniLM-L6-v2, or a name on the hub",
+    )
+    task_name: str = option("similarity", f"task to calibrate on and to evaluate: {', '.join(TASKS)}")
+    calibration_file: Path | None = option(None, "own calibration examples: .jsonl, .json, .parquet, .csv or .txt")
+    sequence_length: float | None = option(None, "length at which MACs count (default: mean of the evaluation set)")
+
+    def __post_init__(self) -> None:
+        get_task(self.task_name)
+        super().__post_init__()
+
+
+_CORPORA = ", ".join(CORPORA)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Options of ``opt_eval.py``, and of every command that measures perplexity."""
+
+    model_name: str = option(
+        BUNDLED_DECODER,
+        "checkpoint: models/<name>, a folder, the bundled opt-mini, or a name on the hub (opt-125M too)",
+    )
+    evaluation_file: Path | None = option(None, "own text to measure perplexity on beside the corpora: UTF-8")
+    sequence_length: int | None = option(None, "tokens per window (default: as many as the model takes, at most 4096)")
+    lm_eval: tuple[str, ...] = option((), "tasks of EleutherAI's harness to run on the models as well", nargs="*")
+    dtype: str = option(
+        "auto", "type of the weights in memory: auto (float32, on a GPU as stored), float32, bfloat16, float16"
+    )
+
+
+@dataclass(frozen=True)
+class DecoderOptions(EvaluationOptions, PruneOptions):
+    """Options of ``prune_opt.py``."""
+
+    task: str = option("wikitext2", f"corpus to calibrate on: {_CORPORA}; perplexity is measured on all of them")
+    mu: tuple[float, ...] = option(
+        (0.7,), "fraction of MACs that stays; several values share one calibration", nargs="+"
+    )
+    sample_batch_size: int = option(128, "number of calibration windows")
+    batch_size: int = option(8, "windows per forward pass; changes speed and memory, not results")
+    calibration_file: Path | None = option(None, "own calibration text instead of --task's: UTF-8")
+
+    def __post_init__(self) -> None:
+        get_corpus(self.task)
+        if self.sequence_length is not None and self.sequence_length < 2:
+            raise InputError(f"--sequence_length {self.sequence_length}: must be at least 2 tokens.")
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}.")
+        super().__post_init__()
+        if self.calibration_file is not None and self.evaluation_file is not None:
+            require_different_files(self.calibration_file, self.evaluation_file)
+
+
+DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def require_writable(flag: str, folder: Path) -> None:
@@ -113,6 +189,9 @@ def resolve_device(name: str) -> str:
     return name
 
 
+Options = TypeVar("Options", bound=PruneOptions)
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -120,18 +199,37 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument ") + f" (see {self.prog} --help)")
 
 
-def parse_options(arguments: Sequence[str] | None, *, prog: str, description: str) -> PruneOptions:
+def parse_options(
+    kind: type[Options],
+    arguments: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    only: Iterable[str] | None = None,
+    **fixed: Any,
+) -> Options:
     """Options from command-line arguments.
+
+    Args:
+        kind: Which options.
+        arguments: Of the command line; the process's own by default.
+        prog: Name of the command.
+        description: What it does, for ``--help``.
+        only: The fields that are flags of this command; all by default.
+        **fixed: Values of fields that are no flags.
 
     Raises:
         InputError: An argument is not known or has a wrong value.
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    for entry in fields(PruneOptions):
-        _add_flag(parser, entry)
-    values = vars(parser.parse_args(arguments))
-    values["mu"] = tuple(dict.fromkeys(values["mu"]))
-    return PruneOptions(**values)
+    for entry in fields(kind):
+        if only is None or entry.name in only:
+            _add_flag(parser, entry)
+    values = vars(parser.parse_args(arguments)) | fixed
+    for name in ("mu", "lm_eval"):
+        if name in values:
+            values[name] = tuple(dict.fromkeys(values[name]))
+    return kind(**values)
 
 
 def _add_flag(parser: argparse.ArgumentParser, entry: "Field[Any]") -> None:
@@ -152,6 +250,8 @@ def _add_flag(parser: argparse.ArgumentParser, entry: "Field[Any]") -> None:
 _VALUE_TYPES: dict[str, Any] = {
     str(str): str,
     str(int): int,
+    str(int | None): int,
+    str(tuple[str, ...]): str,
     str(tuple[float, ...]): float,
     str(float | None): float,
     str(Path): Path,

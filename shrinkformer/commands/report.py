@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shrinkformer.dataset.tasks import Task
 from shrinkformer.prune.plan import Plan
 from shrinkformer.utils.files import append_atomically
 
@@ -52,7 +51,7 @@ class Measured:
 class Run:
     """One model, task and budget, from command line to result."""
 
-    task: Task
+    task_name: str
     model_name: str
     method: str
     mu: float
@@ -74,7 +73,7 @@ class Run:
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "model_name": self.model_name,
-            "task_name": self.task.name,
+            "task_name": self.task_name,
             "method": self.method,
             "mu": self.mu,
             "seed": self.seed,
@@ -117,7 +116,7 @@ class Run:
     def table(self) -> str:
         """The same for people."""
         title = (
-            f"{self.model_name} on {self.task.name}: method {self.method}, mu {self.mu:g}, seed {self.seed}, "
+            f"{self.model_name} on {self.task_name}: method {self.method}, mu {self.mu:g}, seed {self.seed}, "
             f"{self.sample_batch_size} examples ({self.calibration_tokens:,} tokens)"
         )
         lines = [title, "", f"  {'':22}{'dense':>18}{'pruned':>18}{'change':>12}"]
@@ -169,15 +168,14 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def write_report(run: Run, output_dir: Path) -> Path:
-    """Append a run to ``<output_dir>/<model>/<task>.txt`` and to the ``.jsonl`` beside it.
+def write_report(run: Run, stem: Path) -> Path:
+    """Append a run to ``<stem>.txt`` and to the ``<stem>.jsonl`` beside it.
 
     Returns:
         The path of the text file.
     """
-    folder = output_dir / run.model_name
-    append_atomically(folder / f"{run.task.name}.jsonl", json.dumps(run.to_dict()) + "\n")
-    path = folder / f"{run.task.name}.txt"
+    append_atomically(stem.with_name(f"{stem.name}.jsonl"), json.dumps(run.to_dict()) + "\n")
+    path = stem.with_name(f"{stem.name}.txt")
     append_atomically(path, run.table() + "\n\n")
     return path
 

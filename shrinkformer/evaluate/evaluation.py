@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from shrinkformer.dataset.encoding import Encoded, padded_batches
+from shrinkformer.dataset.encoding import Encoded, Features, padded_batches
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, DataError, NumericalError
 from shrinkformer.evaluate.answers import extract_answers
 from shrinkformer.evaluate.scores import count_examples, require_labels, score_answers, score_labels
 from shrinkformer.utils.inputs import accepted_inputs
 from shrinkformer.utils.modes import evaluation_mode
+from shrinkformer.utils.parallel import ALONE, Workers
 
 Array = NDArray[np.float32]
 
@@ -61,6 +62,7 @@ def evaluate_model(
     device: str | torch.device = "cpu",
     progress: bool = False,
     keep_logits: bool = False,
+    workers: Workers = ALONE,
 ) -> Evaluation:
     """Measure a model on a task.
 
@@ -76,6 +78,8 @@ def evaluate_model(
         device: where the model runs.
         progress: show a progress bar with the time left.
         keep_logits: return the outputs of the model as well.
+        workers: the processes that share the forward passes. All must pass the same data; all get the same figures,
+            those of one process but for rounding.
 
     Returns:
         The figures, each with its standard error.
@@ -97,7 +101,7 @@ def evaluate_model(
         model.to(device)
         for split, encoded in splits.items():
             figures, outputs[split] = _evaluate_split(
-                model, tokenizer, task, encoded, split=split, batch_size=batch_size, progress=progress
+                model, tokenizer, task, encoded, split=split, batch_size=batch_size, progress=progress, workers=workers
             )
             examples += count_examples(task, encoded)
             metrics |= _with_suffix(figures, _suffix(task, split, len(splits)))
@@ -111,11 +115,21 @@ def evaluate_model(
 
 
 def _evaluate_split(
-    model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, *, split: str, batch_size: int, progress: bool
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    encoded: Encoded,
+    *,
+    split: str,
+    batch_size: int,
+    progress: bool,
+    workers: Workers,
 ) -> tuple[dict[str, float], Array]:
     """Figures and model outputs of one split."""
-    with tqdm(total=len(encoded.features), desc=f"{task.name} {split}", unit="example", disable=not progress) as bar:
-        rows = _forward(model, tokenizer, task, encoded, batch_size=batch_size, bar=bar)
+    features = workers.share(encoded.features)
+    silent = not (progress and workers.is_main)
+    with tqdm(total=len(features), desc=f"{task.name} {split}", unit="example", disable=silent) as bar:
+        rows = workers.gather(_forward(model, tokenizer, task, features, batch_size=batch_size, bar=bar))
     where = f"task {task.name}, {split}"
     if task.kind == "question_answering":
         return _judge_answers(tokenizer, task, encoded, _pad_rows(rows, where))
@@ -130,14 +144,14 @@ def _evaluate_split(
 
 
 def _forward(
-    model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, *, batch_size: int, bar: Any
+    model: nn.Module, tokenizer: Any, task: Task, features: Features, *, batch_size: int, bar: Any
 ) -> list[NDArray[np.float32]]:
     """One float32 array per feature, in the order of the features.
 
     Classification and regression: (labels,). Question answering: (tokens, 2). Similarity: (hidden size,), length 1.
     """
-    rows: list[Array] = [np.zeros(0, dtype=np.float32)] * len(encoded.features)
-    for indices, batch in padded_batches(encoded.features, tokenizer, batch_size):
+    rows: list[Array] = [np.zeros(0, dtype=np.float32)] * len(features)
+    for indices, batch in padded_batches(features, tokenizer, batch_size):
         inputs = accepted_inputs(model, batch)
         mask = batch["attention_mask"].bool()
         output = _read(model(**inputs), mask.to(next(model.parameters()).device), task).float().cpu()

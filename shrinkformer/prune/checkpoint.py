@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +68,34 @@ def save(
     Raises:
         CheckpointError: The folder exists and holds something else.
     """
-    target = Path(directory)
-    if not may_be_replaced(target):
-        raise CheckpointError(f"{target} exists and is not a checkpoint of shrinkformer; choose another --save_dir.")
     describe_sizes(model, plan)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        folder = Path(scratch) / target.name
-        _write_folder(model, folder, plan, tokenizer, card)
+    with replacing(Path(directory)) as folder:
+        model.save_pretrained(folder)
+        complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=card)
         for name in SIDE_FILES:
             if extras_from is not None and (extras_from / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(extras_from / name, folder / name)
+    return Path(directory)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new folder beside the target, which takes its place when everything went well, and otherwise disappears.
+
+    Raises:
+        CheckpointError: The target exists and is no checkpoint of this package.
+    """
+    if not may_be_replaced(target):
+        raise CheckpointError(f"{target} exists and is not a checkpoint of shrinkformer; choose another --save_dir.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        folder = Path(scratch) / target.name
+        folder.mkdir()
+        yield folder
         if target.exists():
             os.replace(target, Path(scratch) / "replaced")
         os.replace(folder, target)
-    return target
 
 
 def may_be_replaced(folder: Path) -> bool:
@@ -90,12 +103,16 @@ def may_be_replaced(folder: Path) -> bool:
     return not folder.exists() or not any(folder.iterdir()) or (folder / PLAN_FILE).exists()
 
 
-def _write_folder(
-    model: PreTrainedModel, folder: Path, plan: Plan | None, tokenizer: PreTrainedTokenizerBase | None, card: str | None
+def complete(
+    folder: Path,
+    kind: type[PreTrainedModel],
+    *,
+    plan: Plan | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    card: str | None,
 ) -> None:
-    # A model that came from load() has our class; its config must name the stock one.
-    stock = _stock_class(model)
-    model.save_pretrained(folder)
+    """Add to weights and configuration what makes a folder load anywhere: classes, plan, tokenizer, model card."""
+    stock = _stock_class(kind)  # a model that came from load() has our class; its config must name the stock one
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text())
     config["architectures"] = [stock.__name__]
@@ -183,8 +200,8 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    return next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
+def _stock_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    return next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))
 
 
 def _auto_map(stock: type[PreTrainedModel]) -> dict[str, str]:

@@ -11,7 +11,6 @@ from shrinkformer.prune.cholesky import check_gram, damped_cholesky
 from shrinkformer.prune.pivoting import pivoted_cholesky
 
 
-
 def _check_groups(gram: Tensor, group_size: int) -> int:
     check_gram(gram)
     if group_size < 1 or gram.shape[0] % group_size:

@@ -16,9 +16,19 @@ from shrinkformer.errors import InputError
 from shrinkformer.prune.moments import Moments
 
 
-def fingerprint(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> str:
-    """A digest of the weights of a model and of its calibration inputs: statistics belong to both."""
+def fingerprint(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], weight_files: Iterable[Path] = ()
+) -> str:
+    """A digest of the weights of a model and of its calibration inputs: statistics belong to both.
+
+    Args:
+        model: The dense model; of blocks that are not in memory, only shapes enter.
+        batches: The calibration inputs.
+        weight_files: Files of such a model, known by size and time of change: reading them twice would take too long.
+    """
     digest = hashlib.blake2b(digest_size=16)
+    for file in weight_files:
+        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     for name, tensor in model.state_dict().items():
         _add(digest, name, tensor)
     for batch in batches:
@@ -28,8 +38,10 @@ def fingerprint(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]])
 
 
 def _add(digest: "hashlib.blake2b", name: str, tensor: Tensor) -> None:
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+    if tensor.is_meta:
+        return
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     digest.update(raw.numpy().data)
 
 

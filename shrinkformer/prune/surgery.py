@@ -56,5 +56,5 @@ def _rebuild(
     for path, (weight, bias) in filled.items():
         linear = view.linear(path)
         linear.weight.copy_(weight)
-        if bias is not None:
+        if linear.bias is not None and bias is not None:
             linear.bias.copy_(bias)

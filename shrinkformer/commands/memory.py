@@ -1,0 +1,72 @@
+"""How much memory a run takes, and how much there is."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from shrinkformer.architectures import LayerView, layer_views
+from shrinkformer.efficiency.macs import head_macs, neuron_macs
+from shrinkformer.efficiency.size import count_parameters
+
+GIB = 2**30
+
+_FLOAT32, _FLOAT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a run takes beside Python and the libraries.
+
+    Attributes:
+        resident: With the model, a pruned copy of it, all second moments and all hidden states in memory.
+        streamed: With one block in memory, the moments of one block, and no hidden states: independent of the number
+            of blocks and of examples.
+        spilled: On disk then, in the worst case: moments of all blocks and hidden states of all examples.
+    """
+
+    resident: int
+    streamed: int
+    spilled: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokens: int, batch_size: int, length: float) -> Self:
+        """Predict from shapes.
+
+        Args:
+            model: A model; it needs no weights.
+            tokens: Calibration tokens.
+            batch_size: Examples per forward pass.
+            length: Their length in tokens.
+        """
+        views = layer_views(model)
+        blocks = [block_weights(view.heads, view.neurons, view) for view in views]
+        weights = count_parameters(model)
+        outside = weights - sum(blocks)
+        moments = [_FLOAT64 * (view.neurons**2 + view.attention_output.in_features**2) for view in views]
+        hidden = _FLOAT32 * tokens * views[0].hidden_size
+        # A pivoted Cholesky factorisation and a refit hold the moments, a factor and copies of both.
+        working = 3 * max(moments)
+        widest = max(model.config.vocab_size, 4 * max(view.neurons for view in views))
+        activations = int(2 * _FLOAT32 * batch_size * length * widest)
+        return cls(
+            resident=2 * _FLOAT32 * weights + sum(moments) + working + 2 * hidden + activations,
+            # A block as read, its copy to prune, and a file of finished blocks.
+            streamed=_FLOAT32 * (outside + 3 * max(blocks)) + max(moments) + working + activations // batch_size,
+            spilled=sum(moments) + 2 * hidden,
+        )
+
+
+def block_weights(heads: int, neurons: int, view: LayerView) -> int:
+    """Weights of the linear layers of a block that keeps so many heads and neurons; biases and norms are left out."""
+    head = head_macs(1, view.hidden_size, view.head_size, view.queries) - 2 * view.queries * view.head_size
+    return int(heads * head + neurons * neuron_macs(1, view.hidden_size, view.architecture.feed_forward.gated))
+
+
+def available_bytes(device: str) -> int:
+    """Memory that is free on a device."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,185 @@
+"""``prune_opt.py``: prune a language model under a MAC budget, measure perplexity and save it."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shrinkformer.commands.console import run_command
+from shrinkformer.commands.locate import Source, find_decoder, load_tokenizer, max_positions, model_class
+from shrinkformer.commands.options import BUNDLED_DECODER, DTYPES, DecoderOptions, parse_options, resolve_device
+from shrinkformer.commands.pruning import Evaluate, Job, run_pruning, show_progress
+from shrinkformer.dataset.corpora import (
+    CORPORA,
+    calibration_windows,
+    evaluation_windows,
+    get_corpus,
+    read_text_file,
+    windows_of,
+)
+from shrinkformer.errors import InputError
+from shrinkformer.evaluate.harness import run_harness
+from shrinkformer.evaluate.perplexity import Perplexity, evaluate_perplexity
+from shrinkformer.evaluate.streaming import stream_perplexity
+from shrinkformer.prune.pruner import timed
+from shrinkformer.prune.resources import Resources
+from shrinkformer.utils.parallel import Workers, local_device, workers_of
+
+PROG = "prune_opt.py"
+
+LONGEST = 4096
+"""Longest default window: models that take a hundred thousand tokens are measured on shorter ones by everybody."""
+
+
+def prune_command(arguments: Sequence[str] | None) -> None:
+    """Everything that ``prune_opt.py`` does."""
+    options = parse_options(
+        DecoderOptions,
+        arguments,
+        prog=PROG,
+        description="Prune a language model under a MAC budget, measure perplexity and save it.",
+    )
+    run_decoder(options)
+
+
+def run_decoder(options: DecoderOptions) -> None:
+    """Read, then run; with ``--mu 1`` the dense model is evaluated and nothing else."""
+    device = resolve_device(options.device)
+    with workers_of(device) as workers:
+        seconds: dict[str, float] = {}
+        with timed(seconds, "loading"):
+            job = read_job(options, local_device(device), workers)
+        run_pruning(job, options, seconds)
+
+
+def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
+    """Find the model, read the texts and cut them into windows.
+
+    Raises:
+        InputError: The model is missing or no language model, or an option does not fit it.
+    """
+    source = find_decoder(options.model_name, options.task)
+    tokenizer = load_tokenizer(source)
+    length = window_length(options, source, tokenizer)
+    bundled = options.bundled_data or (options.data_dir is None and options.model_name == BUNDLED_DECODER)
+    evaluation = read_evaluation(options, tokenizer, length, bundled)
+    calibration = read_calibration(options, tokenizer, length, bundled)
+    if options.lm_eval and importlib.util.find_spec("lm_eval") is None:
+        raise InputError('--lm_eval: the harness is not installed; pip install "shrinkformer[lm-eval]".')
+    own = options.calibration_file
+    task_name = options.task if own is None else own.name
+    main = options.evaluation_file.name if own is not None and options.evaluation_file is not None else options.task
+    dtype = DTYPES[options.dtype]
+    if dtype is None:
+        dtype = source.dtype if torch.device(device).type == "cuda" else torch.float32
+    return Job(
+        task_name=task_name,
+        stem=Path("opt") / source.name,
+        folder=Path("opt") / f"{source.name}-{task_name}",
+        source=source,
+        chosen=model_class(source, None),
+        tokenizer=tokenizer,
+        batches=as_batches(calibration, options.batch_size),
+        sequence_length=length,
+        evaluate=make_evaluate(options, evaluation, main, tokenizer, device=device, workers=workers),
+        shapes=[(1, min(128, length)), (8, min(128, length))],
+        device=device,
+        dtype=dtype,
+        workers=workers,
+    )
+
+
+def window_length(options: DecoderOptions, source: Source, tokenizer: Any) -> int:
+    """Tokens per window: as asked, or as many as the model takes.
+
+    Raises:
+        InputError: More than the model takes.
+    """
+    longest = int(min(max_positions(source.config), tokenizer.model_max_length))
+    if options.sequence_length is None:
+        return min(longest, LONGEST)
+    if options.sequence_length > longest:
+        raise InputError(f"--sequence_length {options.sequence_length}: {source.name} takes at most {longest} tokens.")
+    return options.sequence_length
+
+
+def read_evaluation(options: DecoderOptions, tokenizer: Any, length: int, bundled: bool) -> dict[str, Tensor]:
+    """Evaluation windows by corpus: all corpora, so that a held-out one always stands beside the calibration corpus."""
+    windows = {
+        name: evaluation_windows(corpus, tokenizer, length=length, data_dir=options.data_dir, bundled=bundled)
+        for name, corpus in CORPORA.items()
+    }
+    if options.evaluation_file is not None:
+        text = read_text_file(options.evaluation_file)
+        windows[options.evaluation_file.name] = windows_of(text, tokenizer, length, where=str(options.evaluation_file))
+    return windows
+
+
+def read_calibration(options: DecoderOptions, tokenizer: Any, length: int, bundled: bool) -> Tensor:
+    """Calibration windows, ``(windows, length)``; none where nothing is pruned."""
+    if all(mu == 1 for mu in options.mu):
+        return torch.zeros(0, length, dtype=torch.int64)
+    own = options.calibration_file
+    return calibration_windows(
+        get_corpus(options.task) if own is None else read_text_file(own),
+        tokenizer,
+        length=length,
+        size=options.sample_batch_size,
+        seed=options.seed,
+        data_dir=options.data_dir,
+        bundled=bundled,
+    )
+
+
+def as_batches(windows: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
+    """Model inputs of full windows."""
+    parts = [ids for ids in torch.split(windows, batch_size) if len(ids)]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in parts]
+
+
+def make_evaluate(
+    options: DecoderOptions,
+    evaluation: Mapping[str, Tensor],
+    main: str,
+    tokenizer: Any,
+    *,
+    device: str,
+    workers: Workers,
+) -> Evaluate:
+    """The function that measures perplexity on every corpus, and what ``--lm_eval`` asks for."""
+
+    def one(model: PreTrainedModel, windows: Tensor, resources: Resources) -> Perplexity:
+        if resources.offload is not None:
+            return stream_perplexity(model, windows, resources, batch_size=options.batch_size)
+        return evaluate_perplexity(
+            model,
+            windows,
+            batch_size=options.batch_size,
+            device=device,
+            workers=workers,
+            progress=show_progress(workers),
+        )
+
+    def evaluate(model: PreTrainedModel, resources: Resources) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for name, windows in evaluation.items():
+            found = one(model, windows, resources)
+            metrics |= {f"perplexity_{name}": found.value, f"perplexity_{name}_stderr": found.stderr}
+        metrics = {"perplexity": metrics[f"perplexity_{main}"], **metrics}
+        metrics["perplexity_stderr"] = metrics[f"perplexity_{main}_stderr"]
+        if options.lm_eval and resources.offload is not None:
+            raise InputError("--lm_eval: the harness needs the whole model in memory; allow more by --max_memory.")
+        if options.lm_eval and workers.is_main:
+            metrics |= run_harness(model, tokenizer, options.lm_eval, batch_size=options.batch_size)
+        return metrics
+
+    return evaluate
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``prune_opt.py``."""
+    return run_command(prune_command, arguments, PROG)

@@ -1,0 +1,306 @@
+"""Language-modelling corpora as data, and the windows of tokens that decoders are calibrated and judged on.
+
+Which splits are used and how their texts are joined follows the code of Frantar et al. 2022, "GPTQ" (IST-DASLab/gptq,
+``datautils.py``: ``get_wikitext2``, ``get_ptb_new``, ``get_c4_new``), so that figures compare. Only the draw of the
+calibration windows is our own: a numpy generator instead of Python's global one.
+"""
+
+import filecmp
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from shrinkformer.dataset.files import read_file
+from shrinkformer.dataset.loading import SAMPLES
+from shrinkformer.errors import DataError, InputError
+
+SUFFIXES = (".txt", ".parquet", ".json", ".jsonl")
+"""File types of a corpus, in the order in which they are looked for."""
+_ANY_SUFFIX = ".{txt,parquet,json,jsonl}"  # the same, for messages
+
+
+def _wikitext_row(line: str) -> str:
+    """A line as the hub's wikitext rows have it: with its newline, or nothing at all where it is blank."""
+    return f"{line}\n" if line.strip() else ""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where the texts of a corpus are and how they become one stretch of tokens."""
+
+    name: str
+    hub: tuple[str, str | None]
+    """Data set and configuration on the Hugging Face hub."""
+    folder: str
+    """Folder below ``--data_dir``; also the stem of the bundled samples."""
+    column: str
+    """Text column, by its name on the hub."""
+    joiner: str
+    """What stands between two texts when all of them are tokenised as one."""
+    calibration_splits: tuple[str, ...]
+    """In order of preference; the evaluation split is not among them."""
+    evaluation_split: str
+    hub_files: Mapping[str, str] = field(default_factory=dict)
+    """Split -> the one file of it that is read, where loading the whole configuration is impossible or too much."""
+    evaluation_texts: int | None = None
+    """Only so many of the first texts are evaluated."""
+    evaluation_windows: int | None = None
+    """Only so many of the first windows are evaluated."""
+    window_per_text: bool = False
+    """Whether each calibration window comes from one text that is long enough, not from all texts joined."""
+    row: Callable[[str], str] = str
+    """Makes the hub's row of a line of a .txt file."""
+
+
+_PTB = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/{}/0000.parquet"
+_C4 = "hf://datasets/allenai/c4/en/c4-{}.json.gz"
+
+_ALL = (
+    Corpus(
+        name="wikitext2",
+        hub=("Salesforce/wikitext", "wikitext-2-raw-v1"),
+        folder="wikitext2",
+        column="text",
+        joiner="\n\n",
+        calibration_splits=("train", "validation"),
+        evaluation_split="test",
+        row=_wikitext_row,
+    ),
+    Corpus(
+        name="ptb-new",
+        hub=("ptb-text-only/ptb_text_only", "penn_treebank"),
+        folder="ptb",
+        column="sentence",
+        joiner=" ",
+        calibration_splits=("train", "validation"),
+        evaluation_split="test",
+        # the data set is a script, which datasets>=4 refuses to run; this is the hub's own conversion of it
+        hub_files={split: _PTB.format(split) for split in ("train", "validation", "test")},
+        row=str.strip,
+    ),
+    Corpus(
+        name="c4-new",
+        hub=("allenai/c4", "en"),
+        folder="c4",
+        column="text",
+        joiner=" ",
+        calibration_splits=("train",),
+        evaluation_split="validation",
+        hub_files={"train": _C4.format("train.00000-of-01024"), "validation": _C4.format("validation.00000-of-00008")},
+        evaluation_texts=1100,
+        evaluation_windows=256,
+        window_per_text=True,
+    ),
+)
+
+CORPORA: Mapping[str, Corpus] = MappingProxyType({corpus.name: corpus for corpus in _ALL})
+"""Every corpus by its ``--task``."""
+
+
+def get_corpus(name: str) -> Corpus:
+    """Look a corpus up by its name, the value of ``--task``.
+
+    Raises:
+        InputError: there is no such corpus; the message lists those that there are.
+    """
+    try:
+        return CORPORA[name]
+    except KeyError:
+        raise InputError(f"--task {name!r} is not known; choose one of {', '.join(CORPORA)}") from None
+
+
+def load_texts(corpus: Corpus, split: str, *, data_dir: Path | None, bundled: bool = False) -> list[str]:
+    r"""Load the texts of a split.
+
+    Looked for in ``data_dir/<corpus.folder>/<split>.{txt,parquet,json,jsonl}``, then among the bundled samples if
+    ``bundled``, then on the hub. A .txt file holds one text per line, and its lines become what the hub's rows are:
+    PTB's are stripped; wikitext's keep the blank at their start and their ``\n``, and a blank line is the empty text;
+    C4's are taken as they are.
+
+    Raises:
+        DataError: nothing found, an empty or unreadable file, or no text column.
+    """
+    path = _find(corpus, split, data_dir, bundled)
+    if path is None:
+        return _from_hub(corpus, split, data_dir, bundled)
+    if path.suffix == ".txt":
+        return [corpus.row(line) for line in read_text_file(path).removesuffix("\n").split("\n")]
+    return _column(read_file(path, text_columns=[corpus.column]), corpus, str(path))
+
+
+def calibration_split(corpus: Corpus, data_dir: Path | None, bundled: bool = False) -> str:
+    """Name the split that calibration windows are drawn from: the first one that has a local file, else the first.
+
+    Raises:
+        DataError: ``data_dir`` is not a folder.
+    """
+    for split in corpus.calibration_splits:
+        if _find(corpus, split, data_dir, bundled) is not None:
+            return split
+    return corpus.calibration_splits[0]
+
+
+def calibration_windows(
+    source: Corpus | str,
+    tokenizer: Any,
+    *,
+    length: int,
+    size: int,
+    seed: int,
+    data_dir: Path | None = None,
+    bundled: bool = False,
+) -> Tensor:
+    """Draw windows of tokens at random; windows may overlap, as GPTQ's do.
+
+    Args:
+        source: a corpus, or a text of the user's own, which needs no ``data_dir`` and no ``bundled``.
+        tokenizer: a transformers tokenizer; the special tokens that it adds stay.
+        length: tokens per window.
+        size: how many windows (``--sample_batch_size``).
+        seed: of a generator of its own; no global state is read or changed.
+        data_dir: where :func:`load_texts` looks first.
+        bundled: whether it may use the bundled samples.
+
+    Returns:
+        (size, length), int64. With ``window_per_text`` (C4) each is from another text of more than ``length`` tokens
+        while there are enough.
+
+    Raises:
+        InputError: ``length``, ``size`` or ``seed`` is out of range.
+        DataError: no data, or no more than ``length`` tokens.
+    """
+    _require_length(length)
+    if size < 1:
+        raise InputError(f"--sample_batch_size {size} must be at least 1")
+    if seed < 0:
+        raise InputError(f"--seed {seed} must not be negative")
+    rng = np.random.default_rng(seed)
+    if isinstance(source, str):
+        pool, where = [_tokenise(tokenizer, source)], "the calibration text"
+    else:
+        split = calibration_split(source, data_dir, bundled)
+        texts, where = load_texts(source, split, data_dir=data_dir, bundled=bundled), f"{source.name} {split}"
+        if source.window_per_text:  # lazily: a shard of C4 has 356,317 texts
+            candidates = (_tokenise(tokenizer, texts[row]) for row in rng.permutation(len(texts)))
+            pool = list(islice((ids for ids in candidates if len(ids) > length), size))
+        else:
+            pool = [_tokenise(tokenizer, source.joiner.join(texts))]
+    if not pool or len(pool[0]) <= length:
+        raise DataError(f"{where} has no text of more than {length} tokens; use shorter windows or longer texts")
+    drawn = [pool[index % len(pool)] for index in range(size)]
+    return torch.stack([ids[start : start + length] for ids in drawn for start in [rng.integers(len(ids) - length)]])
+
+
+def evaluation_windows(
+    corpus: Corpus, tokenizer: Any, *, length: int, data_dir: Path | None = None, bundled: bool = False
+) -> Tensor:
+    """Cut the evaluation split, tokenised as one text, into windows as :func:`windows_of` does.
+
+    Raises:
+        InputError: ``length`` is below 2.
+        DataError: no data, or less than one window.
+    """
+    texts = load_texts(corpus, corpus.evaluation_split, data_dir=data_dir, bundled=bundled)[: corpus.evaluation_texts]
+    where = f"{corpus.name} {corpus.evaluation_split}"
+    return windows_of(corpus.joiner.join(texts), tokenizer, length, where=where)[: corpus.evaluation_windows]
+
+
+def windows_of(text: str, tokenizer: Any, length: int, *, where: str = "the evaluation text") -> Tensor:
+    """Cut a text into neighbouring windows, (windows, length) int64; the rest that fills no window is left out.
+
+    Raises:
+        InputError: ``length`` is below 2.
+        DataError: the text has less than one window.
+    """
+    _require_length(length)
+    ids = _tokenise(tokenizer, text)
+    windows = len(ids) // length
+    if windows == 0:
+        raise DataError(f"{where} has {len(ids)} tokens, less than one window of {length}; use shorter windows")
+    return ids[: windows * length].view(windows, length)
+
+
+def read_text_file(path: Path) -> str:
+    """Read a text of the user's own, as a whole (``--calibration_file``, ``--evaluation_file``).
+
+    Raises:
+        DataError: the file is missing, not UTF-8, or blank.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give a UTF-8 text file") from error
+    if not text.strip():
+        raise DataError(f"{path} is empty; it should hold a text")
+    return text
+
+
+def require_different_files(calibration: Path, evaluation: Path) -> None:
+    """Check that a model is not judged on the text that it was calibrated on, be it under another name.
+
+    Raises:
+        InputError: the two files are the same file or have the same bytes.
+    """
+    if filecmp.cmp(calibration, evaluation, shallow=False):
+        raise InputError(
+            f"--calibration_file {calibration} and --evaluation_file {evaluation} hold the same text; "
+            "a model must be judged on another one than it was calibrated on"
+        )
+
+
+def _require_length(length: int) -> None:
+    if length < 2:
+        raise InputError(f"windows of {length} tokens hold nothing to predict; use at least 2")
+
+
+def _tokenise(tokenizer: Any, text: str) -> Tensor:
+    """Token ids of a text of any length, shape (tokens,); not verbose: the text is longer than the model's limit."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _find(corpus: Corpus, split: str, data_dir: Path | None, bundled: bool) -> Path | None:
+    """The local file of a split, None when only the hub is left."""
+    if data_dir is not None and not data_dir.is_dir():
+        raise DataError(f"--data_dir {data_dir} is not a folder; it should hold {corpus.folder}/{split}{_ANY_SUFFIX}")
+    paths = [] if data_dir is None else [data_dir / corpus.folder / f"{split}{suffix}" for suffix in SUFFIXES]
+    paths += [SAMPLES / f"{corpus.folder}_{split}.parquet"] if bundled else []
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _from_hub(corpus: Corpus, split: str, data_dir: Path | None, bundled: bool) -> list[str]:
+    file = corpus.hub_files.get(split)
+    hub = f"the hub's {' '.join(filter(None, corpus.hub))} {split}"
+    try:
+        if file is None:
+            examples = datasets.load_dataset(*corpus.hub, split=split)
+        else:  # by its format: the whole data set's sizes, which its card states, would not fit one file
+            builder = "parquet" if file.endswith(".parquet") else "json"
+            examples = datasets.load_dataset(builder, data_files={split: file}, split=split)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        given = "--data_dir is not given" if data_dir is None else f"--data_dir {data_dir} has no such file"
+        samples = "" if bundled else ", or --bundled_data for an excerpt"
+        raise DataError(
+            f"{given} and {hub} could not be loaded ({reason}); give a --data_dir that holds "
+            f"{corpus.folder}/{split}{_ANY_SUFFIX}{samples}"
+        ) from error
+    return _column(examples, corpus, hub)
+
+
+def _column(examples: datasets.Dataset, corpus: Corpus, where: str) -> list[str]:
+    if corpus.column not in examples.column_names:
+        raise DataError(f"{where} has no column {corpus.column} (found: {', '.join(examples.column_names)}); rename it")
+    texts: list[str] = examples[corpus.column][:]
+    if not all(isinstance(text, str) for text in texts) or not any(texts):
+        raise DataError(f"{where}: column {corpus.column} holds no texts, or something else than texts")
+    return texts

@@ -1,0 +1,35 @@
+"""Perplexity of a model that does not fit into memory."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shrinkformer.architectures import layer_views
+from shrinkformer.evaluate.perplexity import Perplexity, accumulate
+from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.stream import BlockStream
+
+
+def stream_perplexity(
+    model: PreTrainedModel, windows: Tensor, resources: Resources, *, batch_size: int = 1
+) -> Perplexity:
+    """Measure perplexity with one block in memory: all windows pass the first block, then the second, and so on.
+
+    Args:
+        model: A causal language model whose blocks need not have weights.
+        windows: Token ids, ``(windows, length)`` int64; those of all workers.
+        resources: Where the weights of the blocks come from and where hidden states go.
+        batch_size: Windows per forward pass.
+
+    Returns:
+        The same figure as that of ``evaluate_perplexity``, but for rounding.
+    """
+    workers = resources.workers
+    share = torch.split(workers.share_rows(windows), batch_size)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in share if len(ids)]
+    stream = BlockStream(model, batches, resources.offload)
+    for view in layer_views(model):
+        with resources.weights.resident(view.index):
+            stream.run(view.block)
+    pairs = zip((batch["input_ids"].to(model.device) for batch in batches), stream.outputs(), strict=True)
+    return accumulate(((ids, output.logits) for ids, output in pairs), workers)

@@ -1,0 +1,246 @@
+"""Models larger than memory: one block at a time is read from the checkpoint, everything else stays.
+
+transformers loads a model whose list of blocks is empty: it passes their weights over without reading them. Then the
+blocks are put back without weights (on torch's ``meta`` device), and an algorithm asks for one after the other. Files
+are mapped for as long as a tensor is read, and no longer, because mapped pages count as memory of the process.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+
+from shrinkformer.architectures import find_architecture, layer_views
+from shrinkformer.errors import CheckpointError
+from shrinkformer.prune import pruned_modeling
+from shrinkformer.prune.pruned_modeling import pruned_class
+
+_ALIGNMENT = 64  # bytes; what torch's own allocator keeps on CPUs
+_HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+
+
+class OnDisk:
+    """Blocks that have weights only while they are asked for.
+
+    Args:
+        blocks: The blocks, on the meta device.
+        places: For each block, the file and the name there of every tensor of its ``state_dict``.
+        device: Where a resident block is.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], places: Sequence[Mapping[str, tuple[Path, str]]], device: str | torch.device
+    ) -> None:
+        self._blocks, self._places, self._device = blocks, places, device
+        self._users = [0] * len(blocks)
+
+    @contextmanager
+    def resident(self, block: int) -> Iterator[nn.Module]:
+        """Read the weights of a block, and forget them at the end together with all changes made to them.
+
+        Raises:
+            CheckpointError: The weights in the file do not fit the block.
+        """
+        module = self._blocks[block]
+        if self._users[block] == 0:
+            self._read(block)
+        self._users[block] += 1
+        try:
+            yield module
+        finally:
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                module.to("meta")
+
+    def _read(self, block: int) -> None:
+        module, places = self._blocks[block], self._places[block]
+        targets = _one_piece(module.state_dict(), self._device)
+        for file in sorted({file for file, _ in places.values()}):
+            names = {stored: name for name, (place, stored) in places.items() if place == file}
+            for stored, tensor in _read_tensors(file, names):
+                target = targets.get(names[stored])
+                if target is None or target.shape != tensor.shape or targets.keys() != places.keys():
+                    raise CheckpointError(
+                        f"block {block} has other tensors than {file} ({stored}: {tuple(tensor.shape)}); load the "
+                        "checkpoint with its own config.json, and change copies of blocks only."
+                    )
+                target.copy_(tensor.to(self._device))  # travels as it is stored, which may be smaller
+        module.load_state_dict(targets, assign=True)
+
+
+def _one_piece(tensors: Mapping[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
+    """Uninitialised tensors of the given shapes and types, all in one allocation.
+
+    Tensors of a few megabytes each leave holes in the heap that the next block does not fit into, and memory would grow
+    from block to block; a large piece is given back to the system.
+    """
+    starts = list(accumulate((-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors.values()), initial=0))
+    piece = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+    return {
+        name: piece[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for start, (name, tensor) in zip(starts[:-1], tensors.items(), strict=True)
+    }
+
+
+def load_lazily(
+    model_class: Any,
+    location: str,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    config: PreTrainedConfig | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, OnDisk]:
+    """Load a model without the weights of its blocks.
+
+    Args:
+        model_class: A class of transformers, or one of its Auto classes.
+        location: A folder, which may come from this package, or a name on the hub. Safetensors or ``.bin`` files, one
+            or many; they must stay where they are.
+        dtype: Of all weights.
+        device: Where everything but the blocks is, and a resident block.
+        config: The configuration, if it was read before.
+        **kwargs: Passed to ``from_pretrained``.
+
+    Returns:
+        The model in evaluation mode, its blocks on the meta device, and the access to them.
+
+    Raises:
+        CheckpointError: A block has no weights in the checkpoint, or has them in a form that must be converted.
+        UnsupportedModelError: No architecture record fits.
+    """
+    options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+    if config is None:
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
+    stock = _concrete_class(model_class, config)
+    path = find_architecture(config.model_type).layers
+    taken: list[nn.Module] = []
+    model: PreTrainedModel = _without_blocks(stock, path, taken).from_pretrained(
+        location, config=config, dtype=dtype, **kwargs
+    )
+    model.to(device)
+    model.__class__ = stock
+    _put_submodule(model.base_model, path, taken[-1])
+    model.eval()  # once more, for the blocks
+    files = _weight_files(Path(cached_file(location, "config.json", **options)).parent)
+    return model, OnDisk([view.block for view in layer_views(model)], _find_blocks(model, files), device)
+
+
+def _concrete_class(model_class: Any, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model; of this package when it wrote the checkpoint."""
+    pruned = bool(getattr(config, "shrinkformer", None))
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        dense = copy.deepcopy(config)
+        if pruned:
+            dense.per_layer_config = None  # the stock class, which is asked here, knows one size for all blocks
+        with torch.device("meta"):
+            model_class = type(model_class.from_config(dense, trust_remote_code=False))
+    return pruned_class(model_class) if pruned and model_class.__module__ != pruned_modeling.__name__ else model_class
+
+
+def _without_blocks(stock: type[PreTrainedModel], path: str, taken: list[nn.Module]) -> type[PreTrainedModel]:
+    """A class whose models lose their list of blocks when they are made; it is appended to ``taken``."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        stock.__init__(self, *args, **kwargs)
+        taken.append(self.base_model.get_submodule(path))
+        _put_submodule(self.base_model, path, nn.ModuleList())
+
+    ignored = [*(stock._keys_to_ignore_on_load_unexpected or ()), rf"(^|\.){re.escape(path)}\.\d+\."]
+    members = {"__init__": __init__, "__module__": stock.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
+    return type(stock.__name__, (stock,), members)
+
+
+def _put_submodule(module: nn.Module, path: str, child: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, child)
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """The file of every stored tensor by its stored name; files are looked for in the order of ``from_pretrained``."""
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        file = folder / name
+        if not file.is_file():
+            continue
+        if file.suffix == ".json":
+            return {key: folder / shard for key, shard in json.loads(file.read_text())["weight_map"].items()}
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                return dict.fromkeys(tensors.keys(), file)
+        return dict.fromkeys(_load_bin(file), file)
+    raise CheckpointError(f"{folder} has no {SAFE_WEIGHTS_NAME}, no {WEIGHTS_NAME} and no index of several files.")
+
+
+def _find_blocks(model: PreTrainedModel, files: Mapping[str, Path]) -> list[dict[str, tuple[Path, str]]]:
+    """File and stored name of every tensor of every block."""
+    stored = _stored_names(model, files)
+    paths = {module: path for path, module in model.named_modules()}
+    blocks: list[dict[str, tuple[Path, str]]] = []
+    for view in layer_views(model):
+        names = dict.fromkeys([*view.block.state_dict(), *(name for name, _ in view.block.named_buffers())])
+        whole = {name: f"{paths[view.block]}.{name}" for name in names}
+        missing = [name for name in whole.values() if name not in stored]
+        if missing:
+            raise CheckpointError(
+                f"{next(iter(files.values())).parent} lacks {missing[0]} ({len(missing)} of {len(names)} tensors of "
+                f"block {view.index}), or holds it in a form that transformers must convert; load it into memory."
+            )
+        blocks.append({name: (files[stored[path]], stored[path]) for name, path in whole.items()})
+    return blocks
+
+
+def _stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Stored name by name in the model, for tensors that need no conversion; the rules are those of transformers.
+
+    Source: ``convert_and_load_state_dict_in_model`` in ``transformers/core_model_loading.py``, which has no public part
+    that says where a weight comes from.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    context = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": known}
+    found = {}
+    for key in keys:
+        name, converted = rename_source_key(key, renamings, converters, **context)
+        if name not in known and key in known:
+            name, converted = rename_source_key(key, [], [], **context)
+        if name in known and converted is None:
+            found[name] = key
+    return found
+
+
+def _read_tensors(file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a file with their stored names; of a safetensors file, each is read through a mapping of its own."""
+    if file.suffix == ".safetensors":
+        for name in names:
+            with safe_open(file, framework="pt") as tensors:
+                yield name, tensors.get_tensor(name)
+    else:
+        tensors = _load_bin(file)
+        yield from ((name, tensors[name]) for name in names)
+
+
+def _load_bin(file: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.bin`` file; mapped, not read, unless PyTorch wrote it before version 1.6."""
+    tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    return tensors

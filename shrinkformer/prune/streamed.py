@@ -1,0 +1,88 @@
+"""Prune a model that does not fit into memory: finished blocks go straight to the checkpoint."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shrinkformer.architectures import layer_views
+from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.checkpoint import complete, describe, replacing
+from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.pruner import Calibrated, timed
+from shrinkformer.prune.shards import ShardWriter
+
+_SHARD_BYTES = 1e9  # held in memory until they are written
+
+def prune_to_folder(
+    calibrated: Calibrated,
+    budget: Budget,
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[Plan, dict[str, float]]:
+    """Prune a model to a budget and write it shard by shard; all of the folder appears, or nothing.
+
+    With several workers all of them compute, and the main one writes.
+
+    Args:
+        calibrated: What was learnt about the model.
+        budget: What may stay.
+        directory: Where to; replaced when it is an earlier checkpoint of this package.
+        dtype: Of the weights in the file.
+        tokenizer: Saved beside the model.
+
+    Returns:
+        What was kept, and seconds by step.
+
+    Raises:
+        BudgetError: The budget is below what every block must keep.
+        CheckpointError: The folder exists and holds something else.
+    """
+    seconds: dict[str, float] = {}
+    with timed(seconds, "allocation"):
+        counts = calibrated.allocate(budget)
+    model, config = calibrated.model, copy.deepcopy(calibrated.model.config)
+    blocks = calibrated.prune_blocks(counts, config)
+    if not calibrated.resources.workers.is_main:
+        return calibrated.plan(budget, counts, [layer for _, layer in blocks]), seconds
+    prefix = _block_prefix(model)
+    layers = []
+    with replacing(directory) as folder:
+        writer = ShardWriter(folder, max_shard_bytes=_SHARD_BYTES)
+        with timed(seconds, "refit"):
+            for name, tensor in _outside_blocks(model, prefix):
+                writer.add(name, tensor.to("cpu", dtype))
+            for view, layer in blocks:
+                layers.append(layer)
+                for name, tensor in view.block.state_dict().items():
+                    writer.add(f"{prefix}{view.index}.{name}", tensor.to("cpu", dtype).contiguous())
+        writer.finish()
+        plan = calibrated.plan(budget, counts, layers)
+        sizes = list(zip(counts.heads, counts.neurons, strict=True))
+        describe(config, sizes, layer_views(model)[0].head_size, plan)
+        config.dtype = dtype
+        config.save_pretrained(folder)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=None)
+    return plan, seconds
+
+
+def _block_prefix(model: PreTrainedModel) -> str:
+    """What the names of all weights of the blocks start with, up to the number of the block."""
+    first = layer_views(model)[0].block
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[first].removesuffix("0")
+
+
+def _outside_blocks(model: PreTrainedModel, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Everything but the blocks; of weights that are the same, one."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(prefix) and name not in tied:
+            yield name, tensor
