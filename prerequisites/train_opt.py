@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 prerequisites/train_opt.py --data_dir DIR --minutes 100
 
 Reads DIR/lm_corpus/{reviews,novels}.parquet and DIR/ptb/train.txt, learns a byte-level BPE vocabulary, trains for a
-given time and writes a Hugging Face folder in float16. The learning rate follows the clock, not a number of steps, so the
-same command makes the most of a laptop, of a busy machine and of a GPU. Interrupted, it goes on with --resume.
+given time and writes a Hugging Face folder in float16. The learning rate follows the clock, not a number of steps, so
+the same command makes the most of a laptop, of a busy machine and of a GPU. Interrupted, it goes on with --resume.
 """
 
 import argparse

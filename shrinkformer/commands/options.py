@@ -120,6 +120,7 @@ class EvaluationOptions:
     )
     evaluation_file: Path | None = option(None, "own text to measure perplexity on beside the corpora: UTF-8")
     sequence_length: int | None = option(None, "tokens per window (default: as many as the model takes, at most 4096)")
+    evaluation_windows: int | None = option(None, "only so many windows of each corpus, for a quick look")
     lm_eval: tuple[str, ...] = option((), "tasks of EleutherAI's harness to run on the models as well", nargs="*")
     dtype: str = option(
         "auto", "type of the weights in memory: auto (float32, on a GPU as stored), float32, bfloat16, float16"
@@ -142,6 +143,8 @@ class DecoderOptions(EvaluationOptions, PruneOptions):
         get_corpus(self.task)
         if self.sequence_length is not None and self.sequence_length < 2:
             raise InputError(f"--sequence_length {self.sequence_length}: must be at least 2 tokens.")
+        if self.evaluation_windows is not None and self.evaluation_windows < 1:
+            raise InputError(f"--evaluation_windows {self.evaluation_windows}: must be at least 1.")
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}.")
         super().__post_init__()

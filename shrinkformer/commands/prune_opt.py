@@ -116,7 +116,7 @@ def read_evaluation(options: DecoderOptions, tokenizer: Any, length: int, bundle
     if options.evaluation_file is not None:
         text = read_text_file(options.evaluation_file)
         windows[options.evaluation_file.name] = windows_of(text, tokenizer, length, where=str(options.evaluation_file))
-    return windows
+    return {name: rows[: options.evaluation_windows] for name, rows in windows.items()}
 
 
 def read_calibration(options: DecoderOptions, tokenizer: Any, length: int, bundled: bool) -> Tensor:
