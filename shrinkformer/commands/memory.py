@@ -32,7 +32,9 @@ class Footprint:
     spilled: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, tokens: int, batch_size: int, length: float) -> Self:
+    def of(
+        cls, model: PreTrainedModel, tokens: int, batch_size: int, length: float, dtype: torch.dtype = torch.float32
+    ) -> Self:
         """Predict from shapes.
 
         Args:
@@ -40,21 +42,22 @@ class Footprint:
             tokens: Calibration tokens.
             batch_size: Examples per forward pass.
             length: Their length in tokens.
+            dtype: Of weights and hidden states.
         """
-        views = layer_views(model)
+        views, size = layer_views(model), dtype.itemsize
         blocks = [block_weights(view.heads, view.neurons, view) for view in views]
         weights = count_parameters(model)
         outside = weights - sum(blocks)
         moments = [_FLOAT64 * (view.neurons**2 + view.attention_output.in_features**2) for view in views]
-        hidden = _FLOAT32 * tokens * views[0].hidden_size
+        hidden = size * tokens * views[0].hidden_size
         # A pivoted Cholesky factorisation and a refit hold the moments, a factor and copies of both.
         working = 3 * max(moments)
         widest = max(model.config.vocab_size, 4 * max(view.neurons for view in views))
-        activations = int(2 * _FLOAT32 * batch_size * length * widest)
+        activations = int((size + _FLOAT32) * batch_size * length * widest)
         return cls(
-            resident=2 * _FLOAT32 * weights + sum(moments) + working + 2 * hidden + activations,
+            resident=2 * size * weights + sum(moments) + working + 2 * hidden + activations,
             # A block as read, its copy to prune, and a file of finished blocks.
-            streamed=_FLOAT32 * (outside + 3 * max(blocks)) + max(moments) + working + activations // batch_size,
+            streamed=size * (outside + 3 * max(blocks)) + max(moments) + working + activations // batch_size,
             spilled=sum(moments) + 2 * hidden,
         )
 

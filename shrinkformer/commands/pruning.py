@@ -105,7 +105,7 @@ def run_pruning(job: Job, options: PruneOptions, seconds: dict[str, float]) -> N
         Budget(mu, job.sequence_length, options.round_to, options.min_heads, options.min_neurons) for mu in options.mu
     ]
     shapes = empty_model(job.source, job.chosen)
-    footprint = Footprint.of(shapes, count_tokens(job.batches), options.batch_size, job.sequence_length)
+    footprint = Footprint.of(shapes, count_tokens(job.batches), options.batch_size, job.sequence_length, job.dtype)
     limit = available_bytes(job.device) * 0.8 if options.max_memory is None else options.max_memory * GIB
     if options.dry_run:
         job.say(describe(job, shapes, budgets, options, footprint=footprint, limit=limit))

@@ -62,7 +62,7 @@ def evaluate_perplexity(
     """
     if batch_size < 1:
         raise InputError(f"--batch_size {batch_size} must be at least 1")
-    _require_fit(model, windows)
+    require_fit(model, windows)
     with evaluation_mode(model), torch.no_grad():
         model.to(device)
         return accumulate(_forward(model, workers.share_rows(windows), batch_size, device, progress), workers)
@@ -115,8 +115,13 @@ def accumulate(outputs: Iterable[tuple[Tensor, Tensor]], workers: Workers = ALON
     )
 
 
-def _require_fit(model: nn.Module, windows: Tensor) -> None:
-    """Raise an error where the model would index past its embeddings, which on a GPU ends the process."""
+def require_fit(model: nn.Module, windows: Tensor) -> None:
+    """Check that a model would not index past its embeddings, which on a GPU ends the process.
+
+    Raises:
+        InputError: the windows are longer than the model's positions.
+        CheckpointError: the model has fewer tokens than its tokenizer.
+    """
     config = getattr(model, "config", None)
     positions, tokens = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
     if positions is not None and windows.shape[1] > positions:

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
-from shrinkformer.evaluate.perplexity import Perplexity, accumulate
+from shrinkformer.evaluate.perplexity import Perplexity, accumulate, require_fit
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.stream import BlockStream
 
@@ -23,7 +23,12 @@ def stream_perplexity(
 
     Returns:
         The same figure as that of ``evaluate_perplexity``, but for rounding.
+
+    Raises:
+        InputError: The windows are longer than the model's positions.
+        CheckpointError: The model has fewer tokens than its tokenizer.
     """
+    require_fit(model, windows)
     workers = resources.workers
     share = torch.split(workers.share_rows(windows), batch_size)
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in share if len(ids)]
