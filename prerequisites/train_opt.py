@@ -279,10 +279,10 @@ tags: [opt, demo]
 # opt-mini
 
 A small language model of the OPT architecture to try pruning and quantization on: {options.layers} blocks, width
-{options.hidden}, {options.heads} heads, windows of {options.length} tokens, {options.vocabulary:,} byte-level BPE tokens,
-tied embeddings, float16. Trained from scratch by `prerequisites/train_opt.py` on {record["training_tokens"]:,} tokens
-of film reviews (Large Movie Review Dataset), English novels of 1840-1939 and the train split of Penn Treebank (sizes in
-tokens: {corpora}; Penn Treebank counts {options.ptb_repeats} times),
+{options.hidden}, {options.heads} heads, windows of {options.length} tokens, {options.vocabulary:,} byte-level BPE
+tokens, tied embeddings, float16. Trained from scratch by `prerequisites/train_opt.py` on
+{record["training_tokens"]:,} tokens of film reviews (Large Movie Review Dataset), English novels of 1840-1939 and the
+train split of Penn Treebank (sizes in tokens: {corpora}; Penn Treebank counts {options.ptb_repeats} times),
 in {record["seconds"] / 60:.0f} minutes on `{options.device}`. It has seen neither WikiText nor C4.
 
 | corpus | perplexity per token | tokens |

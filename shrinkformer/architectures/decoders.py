@@ -6,6 +6,7 @@ from shrinkformer.architectures.record import Architecture, AttentionRecord, Fee
 
 _OPT = Architecture(
     model_type="opt",
+    pre_norm=True,
     layers="decoder.layers",
     attention=AttentionRecord(
         module="self_attn",
@@ -22,6 +23,7 @@ _OPT = Architecture(
 
 _GPT2 = Architecture(
     model_type="gpt2",
+    pre_norm=True,
     layers="h",
     attention=AttentionRecord(
         module="attn",
@@ -41,6 +43,7 @@ _GPT2 = Architecture(
 
 _GPT_NEOX = Architecture(
     model_type="gpt_neox",
+    pre_norm=True,
     layers="layers",
     attention=AttentionRecord(
         module="attention",
@@ -57,6 +60,7 @@ _GPT_NEOX = Architecture(
 
 _LLAMA = Architecture(
     model_type="llama",
+    pre_norm=True,
     layers="layers",
     attention=AttentionRecord(
         module="self_attn",

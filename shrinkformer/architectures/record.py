@@ -70,6 +70,8 @@ class Architecture:
         heads_key: Name of the number of heads in ``config`` and in ``per_layer_config``: of key and value heads where
             queries share them. "" where transformers refuses a configuration whose number of heads differs by block.
         neurons_key: Name of the feed-forward width in ``config`` and in ``per_layer_config``.
+        pre_norm: Norms stand before the sublayers, so that the residual stream, and what a block adds to it, grows from
+            block to block; otherwise every block hands on states of one size.
         positions_follow_padding: Position ids start behind the padding id, so that many positions cannot be used.
     """
 
@@ -79,6 +81,7 @@ class Architecture:
     feed_forward: FeedForwardRecord
     heads_key: str = "num_attention_heads"
     neurons_key: str = "intermediate_size"
+    pre_norm: bool = False
     positions_follow_padding: bool = False
 
     def to_dict(self) -> dict[str, Any]:

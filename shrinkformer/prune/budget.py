@@ -63,16 +63,18 @@ class CostModel:
         layers: Sizes before pruning.
         hidden_size: Width of the residual stream.
         budget: What may stay.
+        pre_norm: Whether outputs of blocks grow with depth, see the architecture record.
     """
 
     layers: tuple[LayerSize, ...]
     hidden_size: int
     budget: Budget
+    pre_norm: bool = False
 
     @classmethod
     def of(cls, views: Sequence[LayerView], budget: Budget) -> "CostModel":
         """The cost model of a model's blocks."""
-        return cls(layer_sizes(views), views[0].hidden_size, budget)
+        return cls(layer_sizes(views), views[0].hidden_size, budget, views[0].architecture.pre_norm)
 
     @property
     def dense(self) -> float:

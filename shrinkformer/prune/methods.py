@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shrinkformer.architectures import LayerView
 from shrinkformer.errors import InputError
@@ -61,8 +62,10 @@ class Stat:
 
     Source:
         "STAT: Shrinking Transformers After Training", arXiv 2406.00061, and the authors' code: norm-weighted pivots for
-        neurons, head order and block correction, layer weights ``sqrt(blocks left + 1) + 1``, and as many heads as make
-        the worst head cost twice the mean neuron error. The MAC shares that the code types in are computed here.
+        neurons, head order and block correction, and as many heads as make the worst head cost twice the mean neuron
+        error. Layer weights are ``sqrt(blocks left + 1) + 1`` as for BERT; where outputs grow with depth, those of the
+        code for OPT: errors over an exponential fit to each block's largest, and heads times 1.125 to the power of
+        their rank. The MAC shares that the code types in are computed here.
     """
 
     name: str
@@ -82,14 +85,25 @@ class Stat:
 
     def allocate(self, rankings: Sequence[LayerRanking], costs: CostModel) -> Counts:
         """Cut all blocks at one weighted threshold."""
-        weights = np.sqrt(np.arange(len(rankings), 0, -1) + 1) + 1  # an early error passes through more blocks
-        return allocate_globally(
-            costs,
-            head_scores=[rank.heads.scores * weight for rank, weight in zip(rankings, weights, strict=True)],
-            neuron_scores=[rank.neurons.scores * weight for rank, weight in zip(rankings, weights, strict=True)],
-            neuron_tails=[rank.neurons.tails for rank in rankings],
-            trade=self.trade,
-        )
+        heads = [rank.heads.scores for rank in rankings]
+        neurons = [rank.neurons.scores for rank in rankings]
+        if costs.pre_norm:
+            heads = [scores * 1.125 ** np.arange(len(scores), 0, -1) for scores in _per_output(heads)]
+            neurons = _per_output(neurons)
+        else:
+            weights = np.sqrt(np.arange(len(rankings), 0, -1) + 1) + 1  # an early error passes through more blocks
+            heads = [scores * weight for scores, weight in zip(heads, weights, strict=True)]
+            neurons = [scores * weight for scores, weight in zip(neurons, weights, strict=True)]
+        tails = [rank.neurons.tails for rank in rankings]
+        return allocate_globally(costs, heads, neurons, tails, trade=self.trade)
+
+
+def _per_output(scores: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    """Scores of all blocks relative to how large they are at that depth, by an exponential fit of the first of each."""
+    depth = np.arange(len(scores))
+    first = np.log([max(block[0], np.finfo(np.float64).tiny) for block in scores])
+    slope, start = np.polyfit(depth, first, deg=1) if len(scores) > 1 else (0.0, first[0])
+    return [block / np.exp(slope * index + start) for index, block in enumerate(scores)]
 
 
 @dataclass(frozen=True)
