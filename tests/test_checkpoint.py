@@ -40,6 +40,17 @@ with torch.no_grad():
     assert torch.equal(model.eval()(**batch)[0], expected["sdpa"])
 """
 
+GENERATES = (
+    ELSEWHERE
+    + """
+for cached in (True, False):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokens = model.generate(batch["input_ids"][:, :3], do_sample=True, max_new_tokens=16, use_cache=cached)
+    assert torch.equal(tokens, expected["tokens"]), cached
+"""
+)
+
 AUTO = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
@@ -52,23 +63,49 @@ def pruned(batches: list[dict[str, Any]]) -> Pruned:
     return prune_model(build_model(), batches, mu=0.5)
 
 
+def outputs_by_attention(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a model computes with either implementation of attention; it is left with the second."""
+    expected = {}
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            expected[attention] = model(**batch)[0]
+    return expected
+
+
+def run_elsewhere(
+    program: str, result: Pruned, auto: str, *, batch: Any, expected: dict[str, torch.Tensor], folder: Path
+) -> None:
+    """Save a model, and compare its outputs with those of a process that cannot import this package."""
+    small = save(result.model, folder / "small", plan=result.plan)
+    torch.save((batch, expected), folder / "reference.pt")
+    arguments = [str(small), auto, str(folder / "reference.pt"), str(folder / "again")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(load(folder / "again").eval()(**batch)[0], expected["sdpa"])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loads_where_this_package_is_not_installed(family: str, tmp_path: Path, batches: list[dict[str, Any]]) -> None:
     head = list(AUTO)[list(FAMILIES).index(family) % len(AUTO)]
     result = prune_model(build_model(family, head), batches, mu=0.5)
-    folder = save(result.model, tmp_path / "small", plan=result.plan)
-    expected = {}
-    for attention in ("eager", "sdpa"):
-        result.model.set_attn_implementation(attention)
-        with torch.no_grad():
-            expected[attention] = result.model(**batches[0])[0]
-    torch.save((batches[0], expected), tmp_path / "reference.pt")
-    arguments = [str(folder), AUTO[head], str(tmp_path / "reference.pt"), str(tmp_path / "again")]
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert torch.equal(load(tmp_path / "again").eval()(**batches[0])[0], expected["sdpa"])
+    expected = outputs_by_attention(result.model, batches[0])
+    run_elsewhere(ELSEWHERE, result, AUTO[head], batch=batches[0], expected=expected, folder=tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_decoders_generate_where_this_package_is_not_installed(
+    family: str, tmp_path: Path, batches: list[dict[str, Any]]
+) -> None:
+    result = prune_model(build_model(family), batches, mu=0.5)
+    expected = outputs_by_attention(result.model, batches[0])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        prompts = batches[0]["input_ids"][:, :3]
+        expected["tokens"] = result.model.generate(prompts, do_sample=True, max_new_tokens=16)
+    run_elsewhere(GENERATES, result, "AutoModelForCausalLM", batch=batches[0], expected=expected, folder=tmp_path)
 
 
 def test_the_folder_holds_what_others_expect(pruned: Pruned, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from shrinkformer.architectures import layer_views
 from shrinkformer.efficiency import latency, macs, size
 from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.efficiency.macs import LayerSize, count_matmul_macs, head_macs, model_macs, neuron_macs
@@ -26,6 +27,9 @@ from shrinkformer.efficiency.size import (
     peak_memory_bytes,
 )
 from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelError
+from shrinkformer.prune.budget import layer_sizes
+from shrinkformer.prune.pruner import prune_model
+from tests.conftest import ENCODERS, FAMILIES, GROUPED, build_model, make_batches
 
 SIZE = LayerSize(heads=4, head_size=8, neurons=56)
 
@@ -86,6 +90,19 @@ class TestMacs:
     def test_gated_decoder(self, attention):
         gated = LayerSize(heads=4, head_size=8, neurons=56, gated=True)
         assert count_matmul_macs(llama(attention), batch(2, 9)) == 2 * model_macs([gated] * 3, 32, 9)
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ENCODERS])
+    def test_formula_is_the_real_count_of_decoders_dense_and_pruned(self, family, attention):
+        """A causal model multiplies whole score matrices and masks half of them: both sides count 2 L^2 dh per head."""
+        dense = build_model(family, attn_implementation=attention)
+        assert layer_views(dense)[0].queries == (2 if family in GROUPED else 1)
+        calibration = make_batches([3 + index % 18 for index in range(48)], batch_size=8)
+        pruned = prune_model(dense, calibration, mu=0.5, sequence_length=13)
+        for model in (dense, pruned.model):
+            sizes = layer_sizes(layer_views(model))
+            assert count_matmul_macs(model, batch(2, 13)) == 2 * model_macs(sizes, 32, 13)
+        assert model_macs(sizes, 32, 13) == pruned.plan.macs <= 0.5 * pruned.plan.dense_macs
 
     def test_padding_does_not_change_the_count(self):
         padded = batch(2, 9)

@@ -1,6 +1,7 @@
 """Exit codes and progress of every command."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -9,6 +10,8 @@ from tqdm import tqdm
 
 from shrinkformer.architectures import LayerView
 from shrinkformer.errors import InputError, ShrinkformerError
+
+_WRONG_INPUT = 2
 
 Main = Callable[[Sequence[str] | None], None]
 
@@ -23,7 +26,7 @@ def run_command(main: Main, arguments: Sequence[str] | None, prog: str) -> int:
     try:
         main(arguments)
     except InputError as error:
-        return _fail(prog, error, 2)
+        return _fail(prog, error, _WRONG_INPUT)
     except ShrinkformerError as error:
         return _fail(prog, error, 1)
     except OSError as error:  # a full disk, a folder that vanished
@@ -35,7 +38,8 @@ def run_command(main: Main, arguments: Sequence[str] | None, prog: str) -> int:
 
 def _fail(prog: str, error: object, code: int) -> int:
     message = " ".join(str(error).split())
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    if code != _WRONG_INPUT or os.environ.get("RANK", "0") == "0":  # all processes of torchrun got the same input
+        print(f"{prog}: error: {message}", file=sys.stderr)
     return code
 
 

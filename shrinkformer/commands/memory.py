@@ -52,7 +52,8 @@ class Footprint:
         hidden = size * tokens * views[0].hidden_size
         # A pivoted Cholesky factorisation and a refit hold the moments, a factor and copies of both.
         working = 3 * max(moments)
-        widest = max(model.config.vocab_size, 4 * max(view.neurons for view in views))
+        logits = model.config.vocab_size if model.get_output_embeddings() is not None else 0
+        widest = max(logits, 4 * max(view.neurons for view in views))
         activations = int((size + _FLOAT32) * batch_size * length * widest)
         return cls(
             resident=2 * size * weights + sum(moments) + working + 2 * hidden + activations,

@@ -16,7 +16,6 @@ from shrinkformer.dataset.calibration import sample_calibration
 from shrinkformer.dataset.encoding import Encoded, encode, padded_batches
 from shrinkformer.dataset.loading import evaluation_splits, load_examples, load_split
 from shrinkformer.dataset.tasks import Task, get_task
-from shrinkformer.errors import InputError
 from shrinkformer.evaluate.evaluation import evaluate_model
 from shrinkformer.prune.pruner import timed
 from shrinkformer.prune.resources import Resources
@@ -52,8 +51,6 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
     length = min(128, max_positions(source.config), tokenizer.model_max_length)
 
     def evaluate(model: PreTrainedModel, resources: Resources) -> dict[str, float]:
-        if resources.offload is not None:
-            raise InputError("--max_memory: encoders are evaluated as a whole; allow more memory.")
         return evaluate_model(
             model,
             tokenizer,
@@ -79,6 +76,7 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
         device=device,
         dtype=torch.float32,
         workers=workers,
+        whole="an encoder is evaluated as a whole",
     )
 
 

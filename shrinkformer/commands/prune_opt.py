@@ -90,6 +90,7 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
         device=device,
         dtype=dtype,
         workers=workers,
+        whole="--lm_eval runs on the whole model" if options.lm_eval else "",
     )
 
 
@@ -171,8 +172,6 @@ def make_evaluate(
             metrics |= {f"perplexity_{name}": found.value, f"perplexity_{name}_stderr": found.stderr}
         metrics = {"perplexity": metrics[f"perplexity_{main}"], **metrics}
         metrics["perplexity_stderr"] = metrics[f"perplexity_{main}_stderr"]
-        if options.lm_eval and resources.offload is not None:
-            raise InputError("--lm_eval: the harness needs the whole model in memory; allow more by --max_memory.")
         if options.lm_eval and workers.is_main:
             metrics |= run_harness(model, tokenizer, options.lm_eval, batch_size=options.batch_size)
         return metrics

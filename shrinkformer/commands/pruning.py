@@ -19,7 +19,7 @@ from shrinkformer.commands.report import Measured, Run, model_card, write_report
 from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.efficiency.macs import model_macs
 from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, folder_bytes, peak_memory_bytes
-from shrinkformer.errors import CheckpointError
+from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.hidden import Offload
@@ -54,6 +54,7 @@ class Job:
         device: Where models run.
         dtype: Of weights in memory.
         workers: The processes that share the work.
+        whole: Why the model has to be in memory as a whole; "" where it may pass block by block.
     """
 
     task_name: str
@@ -69,6 +70,7 @@ class Job:
     device: str
     dtype: torch.dtype
     workers: Workers
+    whole: str = ""
 
     def say(self, message: str) -> None:
         """Tell the user, once."""
@@ -100,6 +102,9 @@ def run_pruning(job: Job, options: PruneOptions, seconds: dict[str, float]) -> N
         job: The model and the task.
         options: Of the command.
         seconds: Time that was spent already, by step.
+
+    Raises:
+        InputError: The model does not fit into memory, and has to.
     """
     budgets = [
         Budget(mu, job.sequence_length, options.round_to, options.min_heads, options.min_neurons) for mu in options.mu
@@ -107,12 +112,18 @@ def run_pruning(job: Job, options: PruneOptions, seconds: dict[str, float]) -> N
     shapes = empty_model(job.source, job.chosen)
     footprint = Footprint.of(shapes, count_tokens(job.batches), options.batch_size, job.sequence_length, job.dtype)
     limit = available_bytes(job.device) * 0.8 if options.max_memory is None else options.max_memory * GIB
+    lazily = job.workers.broadcast(footprint.resident > limit)  # what is free differs from moment to moment
+    if lazily and job.whole:
+        raise InputError(
+            f"--max_memory: {job.whole}, which takes {footprint.resident / GIB:,.1f} GiB, but {limit / GIB:,.1f} GiB "
+            "are allowed or free; allow more, or use a machine with more."
+        )
     if options.dry_run:
         job.say(describe(job, shapes, budgets, options, footprint=footprint, limit=limit))
         return
     for budget in budgets:
         CostModel.of(layer_views(shapes), budget).require_feasible()
-    session = _start(job, options, seconds, lazily=footprint.resident > limit, limit=limit)
+    session = _start(job, options, seconds, lazily=lazily, limit=limit)
     job.say(f"evaluating the dense model on {job.task_name}")
     location = Path(job.source.location)
     with timed(seconds, "evaluation"):
@@ -135,7 +146,7 @@ def _start(job: Job, options: PruneOptions, seconds: dict[str, float], *, lazily
         model, weights = load_model(job.source, job.chosen, job.device, job.dtype, lazily=lazily)
         offload = None
         if lazily:
-            offload = Offload(options.offload_dir or options.output_dir / f"{job.stem}.offload", int(limit / 4))
+            offload = Offload(options.offload_dir or (options.output_dir / job.stem).parent, int(limit / 4))
         store = _open_store(job, options, model) if any(mu < 1 for mu in options.mu) else None
     return _Session(job, options, model, Resources(weights, offload, store, job.workers), seconds)
 
@@ -214,13 +225,13 @@ def _prune_in_memory(
     seconds |= result.seconds
     with timed(seconds, "saving"):
         # The model in memory is rounded to the type of the file, so that what is measured is what is in the file.
-        result.model.to(job.source.dtype)
+        _cast_weights(result.model, job.source.dtype)
         if job.workers.is_main:
             title = f"{job.source.name} for {job.task_name} at {budget.mu:g} of its MACs"
             card = model_card(title, result.plan, job.source.name)
             source = Path(job.source.location)
             save(result.model, folder, plan=result.plan, tokenizer=job.tokenizer, card=card, extras_from=source)
-        result.model.to(job.dtype)
+        _cast_weights(result.model, job.dtype)
         if job.workers.is_main:
             _require_equal_outputs(job, result.model, folder)
         job.workers.barrier()
@@ -235,6 +246,13 @@ def _prune_in_memory(
         )
     dense = replace(session.dense, latency_ms=latency["dense"])
     return dense, replace(pruned, latency_ms=latency["pruned"]), result.plan
+
+
+def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Change the type of all that a file holds; rotary frequencies, which none does, must not be rounded."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _require_equal_outputs(job: Job, model: PreTrainedModel, folder: Path) -> None:

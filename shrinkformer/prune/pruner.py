@@ -174,6 +174,7 @@ def calibrate(
         NumericalError: The model computes NaN or infinity on the examples.
     """
     chosen, resources = get_method(method), resources or Resources()
+    assert resources.offload is None or resources.store is not None, "offloaded moments need a store"
     model.eval()
     seconds = {"calibration": 0.0, "selection": 0.0}
     statistics = Statistics(resources.store) if chosen.refit else None

@@ -39,6 +39,3 @@ class Resources:
     offload: Offload | None = None
     store: BlockStore | None = None
     workers: Workers = ALONE
-
-    def __post_init__(self) -> None:
-        assert self.offload is None or self.store is not None, "offloaded moments need a store"

@@ -1,12 +1,12 @@
 """Prune a model that does not fit into memory: finished blocks go straight to the checkpoint."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.prune.budget import Budget
@@ -55,12 +55,10 @@ def prune_to_folder(
     with replacing(directory) as folder:
         writer = ShardWriter(folder, max_shard_bytes=_SHARD_BYTES)
         with timed(seconds, "refit"):
-            for name, tensor in _outside_blocks(model, prefix):
-                writer.add(name, tensor.to("cpu", dtype))
+            _add(writer, model, _outside_blocks(model, prefix), dtype)
             for view, layer in blocks:
                 layers.append(layer)
-                for name, tensor in view.block.state_dict().items():
-                    writer.add(f"{prefix}{view.index}.{name}", tensor.to("cpu", dtype).contiguous())
+                _add(writer, model, view.block.state_dict(prefix=f"{prefix}{view.index}."), dtype)
         writer.finish()
         plan = calibrated.plan(budget, counts, layers)
         sizes = list(zip(counts.heads, counts.neurons, strict=True))
@@ -80,9 +78,14 @@ def _block_prefix(model: PreTrainedModel) -> str:
     return names[first].removesuffix("0")
 
 
-def _outside_blocks(model: PreTrainedModel, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _outside_blocks(model: PreTrainedModel, prefix: str) -> dict[str, Tensor]:
     """Everything but the blocks; of weights that are the same, one."""
     tied = getattr(model, "all_tied_weights_keys", {})
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(prefix) and name not in tied:
-            yield name, tensor
+    tensors = model.state_dict()
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix) and name not in tied}
+
+
+def _add(writer: ShardWriter, model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Write weights under the names that ``save_pretrained`` gives them: those of the hub, not always the model's."""
+    for name, tensor in revert_weight_conversion(model, tensors).items():
+        writer.add(name, (tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()).contiguous())
