@@ -10,20 +10,58 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.commands.locate import load_model
-from shrinkformer.commands.options import PruneOptions
-from shrinkformer.commands.prune_bert import Inputs, make_budgets, read_inputs
-from shrinkformer.dataset.encoding import padded_batches
-from shrinkformer.evaluate.evaluation import evaluate_model
+from shrinkformer.commands.options import EncoderOptions, resolve_device
+from shrinkformer.commands.prune_bert import read_job
+from shrinkformer.dataset.tasks import get_task
+from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.methods import METHODS
 from shrinkformer.prune.pruner import calibrate
+from shrinkformer.prune.resources import Resources
 from shrinkformer.utils.files import append_atomically
+from shrinkformer.utils.parallel import ALONE
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The finished points of a comparison, one JSON line each; what an interrupted run measured is not lost.
+
+    Attributes:
+        path: File of the points.
+        rows: Those of earlier runs and of this one.
+    """
+
+    path: Path
+    rows: list[Record]
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """What earlier runs left."""
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return cls(path, [json.loads(line) for line in lines])
+
+    def has(self, key: Record) -> bool:
+        """Whether a point was measured."""
+        return any(key.items() <= row.items() for row in self.rows)
+
+    def add(self, key: Record, found: Record) -> None:
+        """Keep and print a point.
+
+        Args:
+            key: What tells it from all others.
+            found: What was measured.
+        """
+        row = {**key, **found}
+        append_atomically(self.path, json.dumps(row) + "\n")
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,44 +80,34 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def score(model: Any, inputs: Inputs, batch_size: int) -> float:
-    """The task's main metric."""
-    evaluation = evaluate_model(model, inputs.tokenizer, inputs.task, inputs.evaluation, batch_size=batch_size)
-    return evaluation.metrics[inputs.task.metrics[0]]
-
-
-def run_seed(options: argparse.Namespace, seed: int, done: list[Record]) -> None:
+def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
     """All methods and budgets on one calibration sample."""
-    common = {name: getattr(options, name) for name in ("model_name", "task_name", "data_dir", "bundled_data")}
-    settings = PruneOptions(**common, mu=tuple(options.mu), seed=seed, sample_batch_size=options.sample_batch_size)
-    inputs = read_inputs(settings)
-    model = load_model(inputs.source, inputs.task, inputs.device)
-    features = inputs.calibration.features
-    batches = [batch for _, batch in padded_batches(features, inputs.tokenizer, options.batch_size)]
+    same = ("model_name", "task_name", "data_dir", "bundled_data", "sample_batch_size", "batch_size")
+    settings = EncoderOptions(**{name: getattr(options, name) for name in same}, mu=tuple(options.mu), seed=seed)
+    job = read_job(settings, resolve_device(settings.device), ALONE)
+    model, _ = load_model(job.source, job.chosen, job.device, job.dtype)
+    metric = main_metric(options)
 
-    def record(method: str, mu: float, ratio: float, value: float) -> None:
-        key = {"model": inputs.source.name, "task": inputs.task.name, "samples": options.sample_batch_size}
-        row = {**key, "method": method, "mu": mu, "seed": seed, "macs": ratio, inputs.task.metrics[0]: value}
-        append_atomically(options.output, json.dumps(row) + "\n")
-        done.append(row)
-        print(json.dumps(row), flush=True)
+    def key(method: str, mu: float) -> Record:
+        common = {"model": job.source.name, "task": job.task_name, "samples": options.sample_batch_size}
+        return {**common, "method": method, "mu": mu, "seed": seed}
 
-    def is_done(method: str, mu: float) -> bool:
-        wanted = (inputs.source.name, inputs.task.name, options.sample_batch_size, method, mu, seed)
-        return any(
-            tuple(row[name] for name in ("model", "task", "samples", "method", "mu", "seed")) == wanted for row in done
-        )
-
-    if not is_done("dense", 1.0):
-        record("dense", 1.0, 1.0, score(model, inputs, options.batch_size))
+    if not results.has(key("dense", 1.0)):
+        results.add(key("dense", 1.0), {"macs": 1.0, metric: job.evaluate(model, Resources())[metric]})
     for method in options.methods:
-        missing = [budget for budget in make_budgets(settings, inputs.mean_length) if not is_done(method, budget.mu)]
+        missing = [mu for mu in options.mu if not results.has(key(method, mu))]
         if not missing:
             continue
-        calibrated = calibrate(model, batches, method=method, seed=seed)
-        for budget in missing:
-            pruned = calibrated.prune(budget)
-            record(method, budget.mu, pruned.plan.ratio, score(pruned.model, inputs, options.batch_size))
+        calibrated = calibrate(model, job.batches, method=method, seed=seed)
+        for mu in missing:
+            pruned = calibrated.prune(Budget(mu, job.sequence_length))
+            value = job.evaluate(pruned.model, Resources())[metric]
+            results.add(key(method, mu), {"macs": pruned.plan.ratio, metric: value})
+
+
+def main_metric(options: argparse.Namespace) -> str:
+    """Name of the task's first metric."""
+    return get_task(options.task_name).metrics[0]
 
 
 def table(rows: list[Record], metric: str, methods: Sequence[str], mus: Sequence[float]) -> str:
@@ -99,14 +127,14 @@ def main() -> None:
     """Run what is missing, then print the table."""
     options = parse_arguments()
     quiet_libraries()
-    done: list[Record] = []
-    if options.output.exists():
-        done = [json.loads(line) for line in options.output.read_text().splitlines()]
+    results = Results.read(options.output)
     for seed in options.seeds:
-        run_seed(options, seed, done)
+        run_seed(options, seed, results)
     name = Path(options.model_name).resolve().name
-    rows = [row for row in done if row["task"] == options.task_name and row["model"] in {name, options.model_name}]
-    metric = list(rows[0])[-1]
+    rows = [
+        row for row in results.rows if row["task"] == options.task_name and row["model"] in {name, options.model_name}
+    ]
+    metric = main_metric(options)
     dense = statistics.mean(row[metric] for row in rows if row["method"] == "dense")
     print(f"\ndense {dense:.4f}, {options.sample_batch_size} examples, seeds {options.seeds}\n")
     print(table(rows, metric, options.methods, options.mu))

@@ -111,7 +111,7 @@ def _find(model_name: str, folders: Sequence[Path], bundled: Path | None, *, on_
     except (OSError, ValueError) as error:
         raise InputError(
             f"--model_name {model_name}: not in {folders[0]}, not a checkpoint folder, not bundled ({BUNDLED_MODEL}, "
-            f"{BUNDLED_DECODER}), and not on the hub as {on_hub} ({_first_line(error)}); prerequisites/ makes checkpoints."
+            f"{BUNDLED_DECODER}), and not on the hub as {on_hub} ({_first_line(error)}); prerequisites/ makes some."
         ) from None
     try:
         find_architecture(config.model_type)
