@@ -112,6 +112,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def transformers_speaks() -> None:
+    """A command that a test calls in this process quiets transformers; the next test may listen for its warnings."""
+    transformers.utils.logging.set_verbosity_warning()
+
+
 def task_heads(family: str) -> tuple[str, ...]:
     """Endings of the class names that a family is tested with; the first is the usual one."""
     if family in ENCODERS:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shrinkformer
-from shrinkformer.commands.options import parse_options
+from shrinkformer.commands.options import DecoderOptions, EncoderOptions, parse_options
 from shrinkformer.dataset.tasks import TASKS
 from shrinkformer.prune.methods import METHODS
 from tests.conftest import ROOT, build_model
@@ -32,8 +32,9 @@ def test_every_exported_name_is_there() -> None:
 
 
 def test_readme_names_flags_tasks_and_methods_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_options(["--help"], prog="prune_bert.py", description="")
+    for kind in (EncoderOptions, DecoderOptions):
+        with pytest.raises(SystemExit):
+            parse_options(kind, ["--help"], prog="", description="")
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
     assert set(re.findall(r"`?(--\w+)", README)) - {"--strict"} <= known
     assert all(task in README for task in TASKS)

@@ -221,4 +221,4 @@ class TestSamples:
         assert find_split(get_task("stsb"), "train", tmp_path, bundled=True) == path
 
     def test_small(self):
-        assert sum(path.stat().st_size for path in SAMPLES.iterdir()) < 400_000
+        assert sum(path.stat().st_size for path in SAMPLES.iterdir()) < 1_200_000

@@ -107,7 +107,7 @@ def assert_same_report(found: dict[str, Any], expected: dict[str, Any], rel: flo
     assert found["ratio"]["macs"] == expected["ratio"]["macs"]
     assert len(found["layers"]) == len(expected["layers"])
     for layer, wanted in zip(found["layers"], expected["layers"], strict=True):
-        assert layer == pytest.approx(wanted, rel=1e-5)
+        assert layer == pytest.approx(wanted, rel=rel)
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,7 @@ class TestCommand:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.delattr(pruning, "load_model")
+        monkeypatch.setattr(prune_opt, "harness_is_installed", lambda: True)
         encoder = encoder_command(Path(), encoder_data)
         capsys.readouterr()
         assert run("--lm_eval", "lambada_openai") == 2
@@ -353,7 +354,7 @@ def assert_same_results(found: Path, expected: Path) -> None:
         [json.loads(line) for line in next(f.rglob("*.jsonl")).read_text().splitlines()] for f in (found, expected)
     ]
     assert [len(some) for some in records] == [1, 1]
-    assert_same_report(records[0][0], records[1][0])
+    assert_same_report(records[0][0], records[1][0], rel=1e-4)
     assert_same_checkpoint(records[0][0]["save_dir"], records[1][0]["save_dir"], atol=1e-3)
 
 

@@ -1,6 +1,5 @@
 """``prune_opt.py``: prune a language model under a MAC budget, measure perplexity and save it."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from shrinkformer.dataset.corpora import (
     windows_of,
 )
 from shrinkformer.errors import InputError
-from shrinkformer.evaluate.harness import run_harness
+from shrinkformer.evaluate.harness import harness_is_installed, run_harness
 from shrinkformer.evaluate.perplexity import Perplexity, evaluate_perplexity
 from shrinkformer.evaluate.streaming import stream_perplexity
 from shrinkformer.prune.pruner import timed
@@ -68,7 +67,7 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
     bundled = options.bundled_data or (options.data_dir is None and options.model_name == BUNDLED_DECODER)
     evaluation = read_evaluation(options, tokenizer, length, bundled)
     calibration = read_calibration(options, tokenizer, length, bundled)
-    if options.lm_eval and importlib.util.find_spec("lm_eval") is None:
+    if options.lm_eval and not harness_is_installed():
         raise InputError('--lm_eval: the harness is not installed; pip install "shrinkformer[lm-eval]".')
     own = options.calibration_file
     task_name = options.task if own is None else own.name

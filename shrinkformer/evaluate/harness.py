@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,11 @@ from shrinkformer.errors import DataError, InputError
 from shrinkformer.utils.modes import evaluation_mode
 
 FLAG = "--lm_eval"
+
+
+def harness_is_installed() -> bool:
+    """Whether the harness can be imported; it is an extra."""
+    return importlib.util.find_spec("lm_eval") is not None
 
 
 def run_harness(
