@@ -98,11 +98,29 @@ class BlockStream:
         buffers = {module: _RowBuffer(observer) for module, observer in (observers or {}).items()}
         for index, arguments in enumerate(self._arguments):
             with _observed(buffers, arguments.mask):
-                output = block(self._hidden[index], *arguments.args, **arguments.kwargs)
-            self._gives_tuples = isinstance(output, tuple)
-            self._hidden[index] = output[0] if self._gives_tuples else output
+                self._hidden[index] = self.call(block, index)
         for buffer in buffers.values():
             buffer.flush()
+
+    def __len__(self) -> int:
+        return len(self._arguments)
+
+    def mask(self, index: int) -> Tensor:
+        """Where the tokens of a micro-batch are, ``(examples, length)`` bool."""
+        return self._arguments[index].mask
+
+    def hidden(self, index: int) -> Tensor:
+        """The hidden states of a micro-batch at the entrance of the next block, ``(examples, length, hidden size)``."""
+        return self._hidden[index]
+
+    @torch.no_grad()
+    def call(self, block: nn.Module, index: int) -> Tensor:
+        """What a block makes of a micro-batch; the stream stays where it is."""
+        arguments = self._arguments[index]
+        output = block(self._hidden[index], *arguments.args, **arguments.kwargs)
+        self._gives_tuples = isinstance(output, tuple)
+        hidden: Tensor = output[0] if self._gives_tuples else output
+        return hidden
 
     @torch.no_grad()
     def outputs(self) -> Iterator[Any]:
