@@ -7,6 +7,7 @@ from shrinkformer.architectures.record import Architecture, AttentionRecord, Fee
 _OPT = Architecture(
     model_type="opt",
     pre_norm=True,
+    final_norm="decoder.final_layer_norm",
     layers="decoder.layers",
     attention=AttentionRecord(
         module="self_attn",
@@ -24,6 +25,7 @@ _OPT = Architecture(
 _GPT2 = Architecture(
     model_type="gpt2",
     pre_norm=True,
+    final_norm="ln_f",
     layers="h",
     attention=AttentionRecord(
         module="attn",
@@ -44,6 +46,7 @@ _GPT2 = Architecture(
 _GPT_NEOX = Architecture(
     model_type="gpt_neox",
     pre_norm=True,
+    final_norm="final_layer_norm",
     layers="layers",
     attention=AttentionRecord(
         module="attention",
@@ -61,6 +64,7 @@ _GPT_NEOX = Architecture(
 _LLAMA = Architecture(
     model_type="llama",
     pre_norm=True,
+    final_norm="norm",
     layers="layers",
     attention=AttentionRecord(
         module="self_attn",
@@ -78,6 +82,7 @@ _LLAMA = Architecture(
 _PHI = replace(
     _LLAMA,
     model_type="phi",
+    final_norm="final_layernorm",
     attention=replace(_LLAMA.attention, output="self_attn.dense"),
     feed_forward=FeedForwardRecord(inputs=("mlp.fc1",), output="mlp.fc2"),
 )

@@ -72,6 +72,7 @@ class Architecture:
         neurons_key: Name of the feed-forward width in ``config`` and in ``per_layer_config``.
         pre_norm: Norms stand before the sublayers, so that the residual stream, and what a block adds to it, grows from
             block to block; otherwise every block hands on states of one size.
+        final_norm: Path of the norm behind the last block, relative to the base model; "" where there is none.
         positions_follow_padding: Position ids start behind the padding id, so that many positions cannot be used.
     """
 
@@ -82,6 +83,7 @@ class Architecture:
     heads_key: str = "num_attention_heads"
     neurons_key: str = "intermediate_size"
     pre_norm: bool = False
+    final_norm: str = ""
     positions_follow_padding: bool = False
 
     def to_dict(self) -> dict[str, Any]:

@@ -113,6 +113,10 @@ class BlockStream:
         """The hidden states of a micro-batch at the entrance of the next block, ``(examples, length, hidden size)``."""
         return self._hidden[index]
 
+    def replace(self, index: int, hidden: Tensor) -> None:
+        """Put the hidden states of a micro-batch where the next block will find them."""
+        self._hidden[index] = hidden
+
     @torch.no_grad()
     def call(self, block: nn.Module, index: int) -> Tensor:
         """What a block makes of a micro-batch; the stream stays where it is."""

@@ -105,8 +105,8 @@ def fit_grid(weight: Tensor, scheme: Scheme, *, dtype: torch.dtype, search: bool
     candidates = [1.0] if not search else torch.linspace(1.0, _LEAST, _STEPS).tolist()
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for part in candidates:
-        for scale, zero in _ranges(low * part, high * part, scheme, search):
-            scale = storable(scale, dtype)
+        for step, zero in _ranges(low * part, high * part, scheme, search):
+            scale = storable(step, dtype)
             error = _rounding_error(grouped, inside, scale, zero, scheme)
             if best is None:
                 best = error, scale, zero

@@ -6,31 +6,9 @@ import torch
 from torch import Tensor
 
 from shrinkformer.quantize.grid import QuantizedWeight, fit_grid
+from shrinkformer.quantize.recipe import Recipe
 from shrinkformer.quantize.scheme import Scheme
-from shrinkformer.quantize.solver import Hessian, descend, output_error, refit_scales, round_ahead
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What is done to find good codes; the storage is the same whatever is done.
-
-    Attributes:
-        look_ahead: Round with GPTQ's corrections; otherwise every weight to its nearest code.
-        by_activity: Round columns with a large second moment first.
-        search: Search the ranges of grids.
-        rounds: Of coordinate descent and refitted scales, after rounding.
-        sweeps: Of coordinate descent in one round.
-        correct: Aim at the dense model's outputs, given the inputs of the quantized one.
-        damping: Of the second moments, relative to their mean diagonal.
-    """
-
-    look_ahead: bool = True
-    by_activity: bool = True
-    search: bool = True
-    rounds: int = 3
-    sweeps: int = 3
-    correct: bool = True
-    damping: float = 0.01
+from shrinkformer.quantize.solver import Hessian, descend, output_error, refit_scales, round_ahead, round_following
 
 
 @dataclass(frozen=True)
@@ -51,32 +29,45 @@ class Solved:
 
 
 def quantize_weight(
-    weight: Tensor, second: Tensor, scheme: Scheme, *, effort: Effort, dtype: torch.dtype, hessian: Hessian | None = None
+    weight: Tensor, hessian: Hessian | None, scheme: Scheme, recipe: Recipe, *, dtype: torch.dtype
 ) -> Solved:
-    """Find codes for a weight.
+    """Find codes for a weight; never worse than its nearest codes on a searched grid, by its own measure.
 
     Args:
-        weight: What the codes should stand for, ``(outputs, inputs)`` float32.
-        second: Second moments of the input, ``(inputs, inputs)`` float64.
+        weight: What the codes should stand for, ``(outputs, inputs)``.
+        hessian: Second moments of the input; None where the recipe does not look at them.
         scheme: How the weight is stored.
-        effort: What is done.
+        recipe: What is done.
         dtype: Of the stored scales.
-        hessian: The same moments, prepared; layers with one input share it.
     """
     weight = weight.float()
-    hessian = hessian or Hessian.of(second, damping=effort.damping, by_activity=effort.by_activity)
-    grid = fit_grid(weight, scheme, dtype=dtype, search=effort.search)
-    codes = by_nearest = grid.encode(weight)
-    plain = output_error(weight - grid.decode(by_nearest), hessian.damped)
-    error = plain
-    if effort.look_ahead:
-        codes = round_ahead(weight, hessian, grid)
-        error = output_error(weight - grid.decode(codes), hessian.damped)
-        worse = error > plain
-        codes, error = torch.where(worse[:, None], by_nearest, codes), torch.where(worse, plain, error)
-    for _ in range(effort.rounds):
+    grid = fit_grid(weight, scheme, dtype=dtype, search=recipe.search)
+    nearest = QuantizedWeight(grid.encode(weight), grid)
+    if hessian is None:
+        return Solved(nearest, error := _relative_error(weight, nearest, None), error, 0.0)
+    found = _solve(weight, hessian, nearest, recipe, dtype)
+    return Solved(
+        found, _relative_error(weight, found, hessian), _relative_error(weight, nearest, hessian), hessian.damping
+    )
+
+
+def _solve(
+    weight: Tensor, hessian: Hessian, nearest: QuantizedWeight, recipe: Recipe, dtype: torch.dtype
+) -> QuantizedWeight:
+    grid = nearest.grid
+    if not recipe.static:
+        return round_following(weight, hessian, grid.scheme, dtype=dtype, search=recipe.search)
+    codes = round_ahead(weight, hessian, grid)
+    errors = [output_error(weight - grid.decode(some), hessian.damped) for some in (codes, nearest.codes)]
+    codes = torch.where((errors[0] > errors[1])[:, None], nearest.codes, codes)
+    for _ in range(recipe.rounds):
         grid = refit_scales(weight, hessian, grid, codes, dtype=dtype)
-        codes = descend(weight, hessian, grid, codes, sweeps=effort.sweeps)
-    error = output_error(weight - grid.decode(codes), hessian.damped)
-    total = float(output_error(weight, hessian.damped).sum()) or 1.0
-    return Solved(QuantizedWeight(codes, grid), (float(error.sum()) / total) ** 0.5, (float(plain.sum()) / total) ** 0.5, hessian.damping)
+        codes = descend(weight, hessian, grid, codes, sweeps=recipe.sweeps)
+    return QuantizedWeight(codes, grid)
+
+
+def _relative_error(weight: Tensor, found: QuantizedWeight, hessian: Hessian | None) -> float:
+    """``|Wx - Qx| / |Wx|`` over the examples, or without second moments ``|W - Q| / |W|``."""
+    second = torch.eye(weight.shape[1], device=weight.device) if hessian is None else hessian.damped
+    lost, all_of_it = (float(output_error(some, second).sum()) for some in (weight - found.decode(), weight))
+    return (max(lost, 0.0) / all_of_it) ** 0.5 if all_of_it > 0 else 0.0

@@ -1,17 +1,15 @@
-"""What the layers of a block see in the dense model and in the quantized one, side by side."""
+"""What is known about the layers of a site: moments of their input, and of what their output lacks."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shrinkformer.architectures import LayerView
 from shrinkformer.prune.moments import Moments
-from shrinkformer.prune.stream import BlockStream
+from shrinkformer.quantize.passes import BlockPasses, DensePass
 from shrinkformer.quantize.sites import Site
+from shrinkformer.utils.parallel import Workers
 
 
 class CrossMoments:
@@ -28,7 +26,8 @@ class CrossMoments:
 
     def update(self, left: Tensor, right: Tensor) -> None:
         """Add tokens: ``(tokens, outputs)`` and ``(tokens, inputs)``."""
-        self.second.add_(left.float().T @ right.float())
+        dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
+        self.second.add_(left.to(dtype).T @ right.to(dtype))
         self.total.add_(left.sum(0, dtype=torch.float64))
 
     def merge(self, other: "CrossMoments") -> None:
@@ -36,23 +35,16 @@ class CrossMoments:
         self.second += other.second
         self.total += other.total
 
-    def all_reduce(self) -> None:
-        """Sum over all processes."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.second)
-            torch.distributed.all_reduce(self.total)
-
 
 @dataclass(frozen=True)
 class Fold:
-    """What one half of the calibration examples says about a site.
+    """What one part of the calibration examples says about a site.
 
     Attributes:
-        inputs: Moments of the input ``x`` of the quantized model's layers.
+        inputs: Moments of the input ``x`` of the layers in the quantized model.
         shifts: What the layers' outputs should get beside ``W x``, in parts that may be trusted to different degrees:
-            cross moments of each part with ``x``. Either of the input (``shared``), to be multiplied by the weight of each
-            layer, or of the output.
-        shared: Whether shifts are of the input.
+            cross moments of each part with ``x``. Empty where nothing is to be corrected.
+        shared: Shifts are of the input, to be multiplied by the weight of each layer; otherwise of the output.
     """
 
     inputs: Moments
@@ -60,99 +52,54 @@ class Fold:
     shared: bool
 
 
-class _Reached(Exception):  # noqa: N818
-    """Ends a block's forward pass when all that was wanted is recorded."""
-
-
-@contextmanager
-def _recorded(modules: Mapping[str, nn.Module], last: str) -> Iterator[dict[str, Tensor]]:
-    """Inputs of modules by name; the pass ends when the last one is reached."""
-    found: dict[str, Tensor] = {}
-
-    def hook_for(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            found[name] = args[0]
-            if name == last:
-                raise _Reached
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
-    try:
-        yield found
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _inputs(stream: BlockStream, view: LayerView, path: str, index: int) -> Tensor:
-    """Rows of the input of one layer, ``(tokens, features)``."""
-    with _recorded({path: view.linear(path).module}, path) as found:
-        stream.call(view.block, index)
-    rows, mask = found[path], stream.mask(index)
-    return rows.reshape(*mask.shape, rows.shape[-1])[mask]
-
-
-def _with_residual(stream: BlockStream, view: LayerView, site: Site, index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the input of a layer that ends a sublayer, of its output without bias, and of what is added to it."""
-    linear, mask = view.linear(site.paths[0]), stream.mask(index)
-    if site.residual == "input":
-        rows = _inputs(stream, view, site.paths[0], index)
-        residual = stream.hidden(index)[mask]
-    elif view.architecture.pre_norm:
-        with _recorded({"x": linear.module}, "") as found:
-            output = stream.call(view.block, index)
-        rows = found["x"].reshape(*mask.shape, linear.in_features)[mask]
-        residual = output[mask] - nn.functional.linear(rows, linear.weight, linear.bias)
-    else:
-        middle = view.architecture.feed_forward.inputs[0]
-        with _recorded({"x": linear.module, "r": view.linear(middle).module}, "x") as found:
-            stream.call(view.block, index)
-        rows, residual = (found[name].reshape(*mask.shape, -1)[mask] for name in ("x", "r"))
-    return rows, nn.functional.linear(rows, linear.weight), residual
+def merged(folds: Sequence[Fold]) -> Fold:
+    """All examples together."""
+    first = folds[0]
+    inputs = Moments.zeros(first.inputs.n, first.inputs.device)
+    shifts = tuple(CrossMoments(*part.second.shape, part.second.device) for part in first.shifts)
+    for fold in folds:
+        inputs.merge(fold.inputs)
+        for part, other in zip(shifts, fold.shifts, strict=True):
+            part.merge(other)
+    return Fold(inputs, shifts, first.shared)
 
 
 @torch.no_grad()
-def observe(
-    site: Site, dense: LayerView, quantized: LayerView, streams: tuple[BlockStream, BlockStream], folds: int
-) -> list[Fold]:
-    """Collect what is known about a site, in two halves of the examples if there are enough.
+def observe(site: Site, passes: BlockPasses, dense: DensePass | None, workers: Workers, folds: int = 2) -> list[Fold]:
+    """Collect what is known about a site, in as many parts of the examples.
 
     Args:
         site: The layers.
-        dense: The block as it was.
-        quantized: The block whose earlier sites are quantized.
-        streams: Of the dense and of the quantized model, at the entrance of the block.
-        folds: How many parts.
+        passes: Of the block whose earlier sites are quantized.
+        dense: What the dense model wants; None where nothing is corrected.
+        workers: Share the examples; all of them get the sums.
+        folds: Parts; micro-batches are dealt out to them in turn.
     """
-    device = quantized.linear(site.paths[0]).weight.device
-    inputs = quantized.linear(site.paths[0]).in_features
-    outputs = quantized.linear(site.paths[0]).out_features
-    shared = not site.residual
+    linear = passes.view.linear(site.paths[0])
+    device, inputs, shared = linear.weight.device, linear.in_features, not site.residual
+    parts = 0 if dense is None else 1 if shared else 2
     found = [
         Fold(
             Moments.zeros(inputs, device),
-            tuple(CrossMoments(inputs if shared else outputs, inputs, device) for _ in range(1 if shared else 2)),
+            tuple(CrossMoments(inputs if shared else linear.out_features, inputs, device) for _ in range(parts)),
             shared,
         )
         for _ in range(folds)
     ]
-    for index in range(len(streams[0])):
-        fold = found[index % folds]
-        if shared:
-            wanted, rows = (
-                _inputs(stream, view, site.paths[0], index)
-                for stream, view in zip(streams, (dense, quantized), strict=True)
-            )
-            fold.shifts[0].update(wanted - rows, rows)
+    for index in range(len(passes.stream)):
+        fold = found[(index * workers.size + workers.rank) % folds]
+        if dense is None or shared:
+            rows = passes.inputs(site.paths[0], index)
+            if dense is not None:
+                fold.shifts[0].update(dense.inputs(site, index) - rows, rows)
         else:
-            (_, wanted, before), (rows, output, after) = (
-                _with_residual(stream, view, site, index)
-                for stream, view in zip(streams, (dense, quantized), strict=True)
-            )
-            fold.shifts[0].update(wanted - output, rows)
-            fold.shifts[1].update(before - after, rows)
+            rows, made, residual = passes.ending(site, index)
+            wanted, before = dense.wanted(site, index)
+            fold.shifts[0].update(wanted - made, rows)
+            fold.shifts[1].update(before - residual, rows)
         fold.inputs.update(rows)
+    for fold in found:
+        fold.inputs.all_reduce()
+        for part in fold.shifts:
+            workers.sum_(part.second, part.total)
     return found

@@ -1,87 +1,260 @@
 """Quantize a model block by block."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from time import perf_counter
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shrinkformer.architectures import LayerView, layer_views
+from shrinkformer.architectures import LayerView, Projection, layer_views
+from shrinkformer.errors import InputError
+from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import BlockStream
-from shrinkformer.quantize.layer import Effort, quantize_weight
-from shrinkformer.quantize.observe import Fold, observe
+from shrinkformer.quantize.final_norm import refit_final_norm
+from shrinkformer.quantize.grid import QuantizedWeight
+from shrinkformer.quantize.layer import Solved, quantize_weight
+from shrinkformer.quantize.observe import Fold, merged, observe
+from shrinkformer.quantize.passes import BlockPasses, DensePass
+from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, Recipe, get_recipe
 from shrinkformer.quantize.scheme import Scheme
-from shrinkformer.quantize.sites import Site, block_sites
+from shrinkformer.quantize.sites import SCOPES, Site, block_sites
 from shrinkformer.quantize.solver import Hessian
-from shrinkformer.quantize.target import Target, corrected, merge
+from shrinkformer.quantize.target import correct
 
 
 @dataclass(frozen=True)
-class Config:
-    scheme: Scheme = field(default_factory=Scheme)
-    effort: Effort = field(default_factory=Effort)
+class QuantizeConfig:
+    """What :func:`quantize_` does.
+
+    Attributes:
+        bits: 8, 4, 3, 2 or 1.
+        group_size: Neighbouring inputs that share a scale; -1 for one scale per output.
+        symmetric: Store no zero points.
+        quantizer: Name of a recipe: ``shrink``, ``gptq`` (as published) or ``rtn`` (round to nearest).
+        layers: ``all`` linear layers of the blocks, or those of ``attention`` or ``ffn`` only.
+        scale_dtype: In which scales are stored.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    quantizer: str = DEFAULT_QUANTIZER
     layers: str = "all"
-    dtype: torch.dtype = torch.float16
-    centred: bool = True
-    residual: bool = True
-    sequential: bool = True
-    max_trust: float = 1.0
-    norm: bool = True
+    scale_dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        _ = self.scheme, self.recipe
+        if self.layers not in SCOPES:
+            raise InputError(f"--layers {self.layers!r}: choose one of {', '.join(SCOPES)}.")
+
+    @property
+    def scheme(self) -> Scheme:
+        """How weights are stored."""
+        return Scheme(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is done to find codes."""
+        return get_recipe(self.quantizer)
 
 
-def quantize_(model, batches, config, log=None):
-    streams = tuple(BlockStream(model, batches) for _ in range(2))
-    sites = block_sites(model_arch(model), config.layers)
-    for view in layer_views(model):
-        dense = replace(view, block=copy.deepcopy(view.block, {id(model.config): model.config}))
-        if not config.sequential:
-            data = [observe(s, dense, view, streams, 2) for s in sites]
-        for k, site in enumerate(sites):
-            folds = observe(site, dense, view, streams, 2) if config.sequential else data[k]
-            if not config.residual:
-                folds = [replace(f, shifts=f.shifts[:1]) for f in folds]
-            whole = merge(folds)
-            hess = {}
-            for path in site.paths:
-                lin = view.linear(path)
-                centred = config.centred and lin.bias is not None
-                if centred not in hess:
-                    hess[centred] = Hessian.of(whole.inputs.covariance() if centred else whole.inputs.second, damping=config.effort.damping, by_activity=config.effort.by_activity)
-                W = lin.weight.detach().clone()
-                t = corrected(W, whole, folds if config.effort.correct else [], centred=centred)
-                c = quantize_weight(t.weight, None, config.scheme, effort=config.effort, dtype=config.dtype, hessian=hess[centred])
-                q = c.weight.decode()
-                lin.weight.data.copy_(q)
-                if centred:
-                    m = whole.inputs.mean
-                    lin.bias.data.add_((t.shift + (W.double() - q.double()) @ m).to(lin.bias.dtype))
-                if log is not None: log.append((view.index, path, c.error, c.nearest_error, t.trust, t.damping))
-        streams[0].run(dense.block); streams[1].run(view.block)
-    if config.norm: refit_final_norm(model, streams)
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear layer.
+
+    Attributes:
+        layer: Number of the block.
+        name: Path of the layer in the block.
+        error: Relative error of its output on the calibration examples, 0 to about 1.
+        nearest_error: The same for rounding to nearest.
+        damping: Of the second moments, relative to their mean diagonal.
+        trust: How far the layer was corrected for errors before it, 0 to 1, by part: of its input, of the residual.
+        seconds: Time of the solution; what is known about its input is collected for several layers at once.
+    """
+
+    layer: int
+    name: str
+    error: float
+    nearest_error: float
+    damping: float
+    trust: tuple[float, ...]
+    seconds: float
 
 
-def model_arch(model): return layer_views(model)[0].architecture
+@dataclass
+class Quantized:
+    """What :func:`quantize_` did.
+
+    Attributes:
+        weights: Integers by full path of the layer, such as ``model.decoder.layers.0.fc1``.
+        layers: One report for each of them.
+        config: What was asked for.
+        seconds: Time by step.
+    """
+
+    weights: dict[str, QuantizedWeight]
+    layers: list[LayerReport]
+    config: QuantizeConfig
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
-def refit_final_norm(model, streams):
-    base = model.base_model
-    norm = getattr(base, "norm", None) or base.decoder.final_layer_norm
-    sx = None
-    with torch.no_grad():
-        for i in range(len(streams[0])):
-            y, x = (norm(s.hidden(i))[s.mask(i)].double() for s in streams)
-            w = norm.weight.double(); b = getattr(norm, "bias", None)
-            b = 0 if b is None else b.double()
-            y = y - b; x = (x - b)
-            v = torch.stack([x.sum(0), y.sum(0), (x*x).sum(0), (x*y).sum(0), torch.full_like(x[0], len(x))])
-            sx = v if sx is None else sx + v
-        n = sx[4]
-        if getattr(norm, "bias", None) is not None:
-            cov = sx[3] - sx[0]*sx[1]/n; var = sx[2] - sx[0]**2/n
-            a = cov/var
-            norm.bias.data.add_(((sx[1] - a*sx[0])/n).to(norm.bias.dtype))
-        else: a = sx[3]/sx[2]
-        norm.weight.data.mul_(a.to(norm.weight.dtype))
-        print("final norm scale", a.min().item(), a.mean().item(), a.max().item())
+def quantize_(
+    model: PreTrainedModel,
+    batches: Batches,
+    config: QuantizeConfig | None = None,
+    *,
+    dense: PreTrainedModel | None = None,
+    progress: Progress = iter,
+    resources: Resources | None = None,
+) -> Quantized:
+    """Quantize the linear layers of a model's blocks, in place.
+
+    Afterwards the model computes with what the integers stand for; :func:`shrinkformer.quantize.checkpoint.save`
+    writes the integers.
+
+    Args:
+        model: Any model with an architecture record, dense or pruned; changed.
+        batches: Calibration examples: model inputs with an ``attention_mask``; labels are not needed.
+        config: What is done.
+        dense: The model whose outputs are aimed at, such as the one from before pruning; by default the model itself.
+        progress: Wraps the loop over the blocks, for a progress bar.
+        resources: For several processes, and for hidden states that do not fit.
+
+    Raises:
+        InputError: A value of ``config`` does not fit the model.
+        UnsupportedModelError: There is no architecture record for the model, or it is quantized already.
+        NumericalError: The model computes NaN or infinity on the examples.
+    """
+    config, resources = config or QuantizeConfig(), resources or Resources()
+    model.eval()
+    began = perf_counter()
+    run = BlockQuantizer(model, model if dense is None else dense, batches, config, resources)
+    names = {module: name for name, module in model.named_modules()}
+    quantized = Quantized({}, [], config)
+    wanted = [None] * len(layer_views(model)) if dense is None else layer_views(dense)
+    for view, aim in zip(progress(layer_views(model)), wanted, strict=True):
+        if aim is None:
+            aim = replace(view, block=copy.deepcopy(view.block, {id(model.config): model.config}))
+        for path, solved, report in run.quantize(view, aim):
+            quantized.weights[names[view.linear(path).module]] = solved.weight
+            quantized.layers.append(report)
+    run.finish(model)
+    quantized.seconds["quantization"] = perf_counter() - began
+    return quantized
+
+
+class BlockQuantizer:
+    """Quantizes one block after the other; calibration examples stand at the entrance of the next one.
+
+    Args:
+        model: The model that becomes quantized; only what stands before its blocks is used here.
+        dense: The model whose outputs are aimed at.
+        batches: Calibration examples of all workers.
+        config: What is done.
+        resources: Where data goes and who shares the work.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dense: PreTrainedModel,
+        batches: Batches,
+        config: QuantizeConfig,
+        resources: Resources,
+    ) -> None:
+        self._config, self._recipe, self._resources = config, config.recipe, resources
+        self._sites = block_sites(layer_views(model)[0].architecture, config.layers)
+        share = resources.workers.share(batches)
+        self._stream = BlockStream(model, share, resources.offload) if self._recipe.look_ahead else None
+        self._dense = BlockStream(dense, share, resources.offload) if self._recipe.correct else None
+
+    @torch.no_grad()
+    def quantize(self, view: LayerView, aim: LayerView) -> Iterator[tuple[str, Solved, LayerReport]]:
+        """Quantize a block in place, and move the examples on.
+
+        Args:
+            view: The block.
+            aim: The block of the dense model.
+        """
+        if self._stream is None:
+            for site in self._sites:
+                yield from self._solve(site, view, None)
+            return
+        offload, dense = self._resources.offload, None
+        if self._dense is not None:
+            dense = DensePass(self._dense, aim, self._sites, offload)
+        passes = BlockPasses(self._stream, view, offload)
+        if self._recipe.sequential:
+            for site in self._sites:
+                yield from self._solve(site, view, self._observe(site, passes, dense))
+        else:
+            known = [self._observe(site, passes, dense) for site in self._sites]
+            for site, folds in zip(self._sites, known, strict=True):
+                yield from self._solve(site, view, folds)
+            passes = BlockPasses(self._stream, view, offload)
+        passes.advance()
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Fit what stands behind the blocks to what they have become."""
+        if self._dense is not None and self._stream is not None:
+            refit_final_norm(model, self._dense, self._stream, self._resources.workers)
+
+    def _observe(self, site: Site, passes: BlockPasses, dense: DensePass | None) -> list[Fold]:
+        return observe(site, passes, dense, self._resources.workers)
+
+    def _solve(
+        self, site: Site, view: LayerView, folds: list[Fold] | None
+    ) -> Iterator[tuple[str, Solved, LayerReport]]:
+        whole = None if folds is None else merged(folds)
+        prepared: dict[bool, Hessian] = {}  # layers with one input share it, by whether they have a bias
+        for path in site.paths:
+            began = perf_counter()
+            linear = view.linear(path)
+            centred = self._recipe.correct and linear.bias is not None
+            if whole is not None and centred not in prepared:
+                second = whole.inputs.covariance() if centred else whole.inputs.second
+                prepared[centred] = Hessian.of(
+                    second, damping=self._recipe.damping, by_activity=self._recipe.by_activity
+                )
+            solved, trust = self._solve_one(linear, folds, whole, prepared.get(centred), centred)
+            report = LayerReport(
+                view.index,
+                path,
+                solved.error,
+                solved.nearest_error,
+                solved.damping,
+                trust,
+                perf_counter() - began,
+            )
+            yield path, solved, report
+
+    def _solve_one(
+        self,
+        linear: Projection,
+        folds: list[Fold] | None,
+        whole: Fold | None,
+        hessian: Hessian | None,
+        centred: bool,
+    ) -> tuple[Solved, tuple[float, ...]]:
+        """Quantize one layer in place."""
+        target, shift, trust = linear.weight, None, ()
+        if folds is not None and whole is not None and self._recipe.correct:
+            corrected = correct(linear.weight, folds, whole, centred=centred)
+            target, shift, trust = corrected.weight, corrected.shift, corrected.trust
+        config = self._config
+        solved = quantize_weight(target, hessian, config.scheme, self._recipe, dtype=config.scale_dtype)
+        weight = solved.weight.decode()
+        if shift is not None and whole is not None and linear.bias is not None:
+            gained = (linear.weight.double() - weight.double()) @ whole.inputs.mean
+            linear.bias.copy_((linear.bias.double() + shift + gained).to(linear.bias.dtype))
+        linear.weight.copy_(weight.to(linear.weight.dtype))
+        return solved, trust
+
+

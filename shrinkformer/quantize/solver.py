@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from shrinkformer.prune.cholesky import damped_cholesky
-from shrinkformer.quantize.grid import Grid, nearest, storable
+from shrinkformer.quantize.grid import Grid, QuantizedWeight, fit_grid, storable
+from shrinkformer.quantize.scheme import Scheme
 
 _BLOCK = 128
 """Columns that are corrected one by one; those behind them get the corrections of a whole block in one product."""
@@ -85,26 +86,59 @@ def round_ahead(weight: Tensor, hessian: Hessian, grid: Grid) -> Tensor:
     Source:
         Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1, with static groups.
     """
+    return _round_columns(weight, hessian, grid)[0]
+
+
+def _round_columns(weight: Tensor, hessian: Hessian, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Codes, and the error that each column leaves to those behind it, ``(outputs, inputs)`` in the order of rounding."""
     order, ahead, highest = hessian.order, hessian.ahead, grid.scheme.highest
     scales, zeros = (entry[:, order].T.contiguous() for entry in grid.columns)
     left = weight.to(ahead.dtype)[:, order].T.contiguous()  # (inputs, outputs): a column is contiguous
-    codes = torch.empty_like(left)
+    codes, errors = torch.empty_like(left), torch.empty_like(left)
     pivots = ahead.diagonal().tolist()
     for start in range(0, len(left), _BLOCK):
         stop = min(start + _BLOCK, len(left))
-        errors = torch.empty_like(left[start:stop])
         for column in range(start, stop):
-            value, scale, zero = left[column], scales[column], zeros[column]
+            value, scale, zero, error = left[column], scales[column], zeros[column], errors[column]
             code = torch.div(value, scale).add_(zero).round_().clamp_(0, highest)
             codes[column] = code
-            error = errors[column - start]
             torch.sub(value, code.sub_(zero).mul_(scale), out=error).div_(pivots[column])
             if column + 1 < stop:
                 left[column + 1 : stop].addr_(ahead[column, column + 1 : stop], error, alpha=-1)
-        left[stop:].addmm_(ahead[start:stop, stop:].T, errors, alpha=-1)
+        left[stop:].addmm_(ahead[start:stop, stop:].T, errors[start:stop], alpha=-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return codes[back].T.to(torch.uint8)
+    return codes[back].T.to(torch.uint8), errors.T
+
+
+def round_following(
+    weight: Tensor, hessian: Hessian, scheme: Scheme, *, dtype: torch.dtype, search: bool
+) -> QuantizedWeight:
+    """The same from left to right, with the grid of each group fitted when its first column is due.
+
+    Args:
+        weight: What the codes should stand for, ``(outputs, inputs)`` float32.
+        hessian: Of the input, with columns in their own order.
+        scheme: How the weight is stored.
+        dtype: Of the stored scales.
+        search: Search the ranges of grids.
+
+    Source:
+        Frantar et al., GPTQ, arXiv 2210.17323, section 3.3 and published code ("dynamic groups").
+    """
+    inputs, width = weight.shape[1], scheme.width(weight.shape[1])
+    left, parts = weight.to(hessian.ahead.dtype).clone(), []
+    for start in range(0, inputs, width):
+        stop = min(start + width, inputs)
+        grid = fit_grid(left[:, start:stop], scheme, dtype=dtype, search=search)
+        own = Hessian(hessian.damped, torch.arange(stop - start), hessian.ahead[start:stop, start:stop], hessian.damping)
+        codes, errors = _round_columns(left[:, start:stop], own, grid)
+        left[:, stop:] -= errors @ hessian.ahead[start:stop, stop:]
+        parts.append(QuantizedWeight(codes, grid))
+    grid = Grid(
+        scheme, torch.cat([part.grid.scale for part in parts], 1), torch.cat([part.grid.zero for part in parts], 1), inputs
+    )
+    return QuantizedWeight(torch.cat([part.codes for part in parts], 1), grid)
 
 
 def descend(weight: Tensor, hessian: Hessian, grid: Grid, codes: Tensor, *, sweeps: int) -> Tensor:

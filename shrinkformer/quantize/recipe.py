@@ -1,0 +1,67 @@
+"""What is done to find good codes. The storage, and so the size, is the same whatever is done."""
+
+from dataclasses import dataclass
+
+from shrinkformer.errors import InputError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The steps of a quantizer.
+
+    Attributes:
+        name: As on the command line.
+        look_ahead: Round column by column and let the columns behind make up for each error (GPTQ); otherwise every
+            weight goes to its nearest code, and no examples are needed.
+        by_activity: Round columns with a large second moment first.
+        search: Search the ranges of grids, with both signs of symmetric scales; otherwise take minimum and maximum.
+        static: Fit all grids beforehand; otherwise each when its first column is due, to what it has become by then.
+        rounds: Of refitted scales and coordinate descent, after rounding.
+        sweeps: Of coordinate descent in one round, at most.
+        sequential: Every layer sees inputs from quantized layers of its own block too; otherwise of earlier blocks only.
+        correct: Aim at the dense model's outputs given the quantized model's inputs, and let biases take up means.
+        damping: Of the second moments, relative to their mean diagonal.
+    """
+
+    name: str
+    look_ahead: bool = True
+    by_activity: bool = True
+    search: bool = True
+    static: bool = True
+    rounds: int = 2
+    sweeps: int = 2
+    sequential: bool = True
+    correct: bool = True
+    damping: float = 0.01
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("shrink"),
+        # As published: Frantar et al., arXiv 2210.17323, with the defaults of its code.
+        Recipe(
+            "gptq",
+            by_activity=False,
+            search=False,
+            static=False,
+            rounds=0,
+            sequential=False,
+            correct=False,
+        ),
+        Recipe("rtn", look_ahead=False, search=False, rounds=0, sequential=False, correct=False),
+    )
+}
+
+DEFAULT_QUANTIZER = "shrink"
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of a quantizer.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    if name not in RECIPES:
+        raise InputError(f"--quantizer {name!r}: choose one of {', '.join(RECIPES)}.")
+    return RECIPES[name]
