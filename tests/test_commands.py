@@ -235,7 +235,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("shrinkformer.commands.pruning.load_model", never)
+    monkeypatch.setattr("shrinkformer.commands.session.load_model", never)
     capsys.readouterr()  # progress bars of the files made above
     assert run("--model_name", "mine", "--task_name", "sst2", *arguments) == 2
     captured = capsys.readouterr()

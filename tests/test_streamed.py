@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import shrinkformer
 from shrinkformer.architectures import layer_views
-from shrinkformer.commands import opt_eval, prune_bert, prune_opt, pruning
+from shrinkformer.commands import opt_eval, prune_bert, prune_opt, session
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.evaluate.streaming import stream_perplexity
 from shrinkformer.prune import streamed
@@ -198,7 +198,7 @@ class TestCommand:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.delattr(pruning, "load_model")
+        monkeypatch.delattr(session, "load_model")
         monkeypatch.setattr(prune_opt, "harness_is_installed", lambda: True)
         encoder = encoder_command(Path(), encoder_data)
         capsys.readouterr()

@@ -48,9 +48,11 @@ oneshot(
 seconds = time.perf_counter() - start
 output = Path(settings["output"])
 output.mkdir(parents=True, exist_ok=True)
-tensors = {name: value.contiguous() for name, value in model.state_dict().items() if not name.endswith(
-    ("_scale", "_zero_point", "_g_idx", "_shape")
-)}
+tensors = {
+    name: value.contiguous()
+    for name, value in model.state_dict().items()
+    if not name.endswith(("_scale", "_zero_point", "_g_idx", "_shape"))
+}
 kept = {name: value.clone() for name, value in tensors.items() if name != "lm_head.weight"}
 save_file(kept, output / "weights.safetensors")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,7 +15,7 @@ from shrinkformer.prune.budget import Budget, CostModel, allocate_uniformly
 from shrinkformer.prune.stream import count_tokens
 
 if TYPE_CHECKING:
-    from shrinkformer.commands.pruning import Job
+    from shrinkformer.commands.session import Job
 
 
 def describe(

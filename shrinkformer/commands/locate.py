@@ -27,9 +27,9 @@ from shrinkformer.commands.options import BUNDLED_DECODER, BUNDLED_MODEL
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelError
 from shrinkformer.prune import pruned_modeling
-from shrinkformer.prune.checkpoint import load
 from shrinkformer.prune.lazy import load_lazily
 from shrinkformer.prune.resources import BlockWeights, InMemory
+from shrinkformer.quantize.checkpoint import load
 
 MODELS_DIR = Path("models")
 
@@ -61,6 +61,11 @@ class Source:
     def pruned(self) -> bool:
         """Whether this package wrote it."""
         return bool(getattr(self.config, "shrinkformer", None))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its weights are integers."""
+        return getattr(self.config, "quantization_config", None) is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -199,7 +204,7 @@ def load_model(
     try:
         if lazily:
             return load_lazily(chosen, source.location, dtype=dtype, device=device)
-        if source.pruned:
+        if source.pruned or source.quantized:
             model: PreTrainedModel = load(source.location, dtype=dtype)
         else:
             model = chosen.from_pretrained(source.location, dtype=dtype, trust_remote_code=False)

@@ -62,6 +62,11 @@ class PruneOptions:
         """Length at which MACs are counted, where the user gave one."""
         return getattr(self, "sequence_length", None)
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether examples are needed."""
+        return any(mu < 1 for mu in self.mu)
+
     def __post_init__(self) -> None:
         get_method(self.method)
         length = 1.0 if self.mac_length is None else self.mac_length  # the mean length is not known yet
@@ -230,7 +235,7 @@ def parse_options(
         if only is None or entry.name in only:
             _add_flag(parser, entry)
     values = vars(parser.parse_args(arguments)) | fixed
-    for name in ("mu", "lm_eval"):
+    for name in ("mu", "lm_eval", "format"):
         if name in values:
             values[name] = tuple(dict.fromkeys(values[name]))
     return kind(**values)

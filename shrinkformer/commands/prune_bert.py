@@ -1,8 +1,8 @@
 """``prune_bert.py``: prune an encoder under a MAC budget, evaluate and save it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from shrinkformer.commands.console import run_command
 from shrinkformer.commands.locate import Source, find_model, load_tokenizer, max_positions, model_class
 from shrinkformer.commands.options import EncoderOptions, parse_options, resolve_device
-from shrinkformer.commands.pruning import Job, run_pruning, show_progress
+from shrinkformer.commands.pruning import run_pruning
+from shrinkformer.commands.session import Job, show_progress
 from shrinkformer.dataset.calibration import sample_calibration
 from shrinkformer.dataset.encoding import Encoded, encode, padded_batches
 from shrinkformer.dataset.loading import evaluation_splits, load_examples, load_split
@@ -23,18 +24,25 @@ from shrinkformer.utils.parallel import Workers, local_device, workers_of
 
 PROG = "prune_bert.py"
 
+Options = TypeVar("Options", bound=EncoderOptions)
+
 
 def prune_command(arguments: Sequence[str] | None) -> None:
     """Everything that ``prune_bert.py`` does."""
     options = parse_options(
         EncoderOptions, arguments, prog=PROG, description="Prune an encoder under a MAC budget, evaluate and save it."
     )
+    run_encoder(options)
+
+
+def run_encoder(options: Options, run: Callable[[Job, Options, dict[str, float]], None] = run_pruning) -> None:
+    """Read, then run."""
     device = resolve_device(options.device)
     with workers_of(device) as workers:
         seconds: dict[str, float] = {}
         with timed(seconds, "loading"):
             job = read_job(options, local_device(device), workers)
-        run_pruning(job, options, seconds)
+        run(job, options, seconds)
 
 
 def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:

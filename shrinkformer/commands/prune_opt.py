@@ -1,8 +1,8 @@
 """``prune_opt.py``: prune a language model under a MAC budget, measure perplexity and save it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from shrinkformer.commands.console import run_command
 from shrinkformer.commands.locate import Source, find_decoder, load_tokenizer, max_positions, model_class
 from shrinkformer.commands.options import BUNDLED_DECODER, DTYPES, DecoderOptions, parse_options, resolve_device
-from shrinkformer.commands.pruning import Evaluate, Job, run_pruning, show_progress
+from shrinkformer.commands.pruning import run_pruning
+from shrinkformer.commands.session import Evaluate, Job, show_progress
 from shrinkformer.dataset.corpora import (
     CORPORA,
     calibration_windows,
@@ -30,6 +31,8 @@ from shrinkformer.utils.parallel import Workers, local_device, workers_of
 
 PROG = "prune_opt.py"
 
+Options = TypeVar("Options", bound=DecoderOptions)
+
 LONGEST = 4096
 """Longest default window: models that take a hundred thousand tokens are measured on shorter ones by everybody."""
 
@@ -45,14 +48,14 @@ def prune_command(arguments: Sequence[str] | None) -> None:
     run_decoder(options)
 
 
-def run_decoder(options: DecoderOptions) -> None:
-    """Read, then run; with ``--mu 1`` the dense model is evaluated and nothing else."""
+def run_decoder(options: Options, run: Callable[[Job, Options, dict[str, float]], None] = run_pruning) -> None:
+    """Read, then run; when pruning with ``--mu 1`` the dense model is evaluated and nothing else."""
     device = resolve_device(options.device)
     with workers_of(device) as workers:
         seconds: dict[str, float] = {}
         with timed(seconds, "loading"):
             job = read_job(options, local_device(device), workers)
-        run_pruning(job, options, seconds)
+        run(job, options, seconds)
 
 
 def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
@@ -121,7 +124,7 @@ def read_evaluation(options: DecoderOptions, tokenizer: Any, length: int, bundle
 
 def read_calibration(options: DecoderOptions, tokenizer: Any, length: int, bundled: bool) -> Tensor:
     """Calibration windows, ``(windows, length)``; none where nothing is pruned."""
-    if all(mu == 1 for mu in options.mu):
+    if not options.calibrates:
         return torch.zeros(0, length, dtype=torch.int64)
     own = options.calibration_file
     return calibration_windows(

@@ -6,11 +6,13 @@ import json
 import platform
 import shlex
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shrinkformer.prune.plan import Plan
+from shrinkformer.quantize.quantizer import Quantized
 from shrinkformer.utils.files import append_atomically
 
 SCHEMA = 1
@@ -65,6 +67,9 @@ class Run:
     save_dir: Path | None
     seconds: dict[str, float]
     peak_memory_bytes: int
+    quantized: Measured | None = None
+    quantization: Quantized | None = None
+    sequence_length: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that other programs read; design and README list its fields."""
@@ -86,31 +91,29 @@ class Run:
         if self.pruned is not None and self.plan is not None:
             record |= {
                 "pruned": self.pruned.to_dict(),
-                "ratio": self._ratio(self.pruned, self.plan),
                 "sequence_length": self.plan.sequence_length,
-                "layers": [
-                    {
-                        "layer": index,
-                        "heads": len(layer.heads),
-                        "neurons": len(layer.neurons),
-                        "attention_error": layer.attention_error,
-                        "ffn_error": layer.ffn_error,
-                    }
-                    for index, layer in enumerate(self.plan.layers)
-                ],
-                "save_dir": str(self.save_dir) if self.save_dir else None,
+                "layers": _plan_rows(self.plan),
             }
+        if self.quantized is not None and self.quantization is not None:
+            record |= _quantized_section(self.quantized, self.quantization)
+        if self._last is not None:
+            record |= {"ratio": self._ratio(self._last), "save_dir": str(self.save_dir) if self.save_dir else None}
         record["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
         record["peak_memory_bytes"] = self.peak_memory_bytes
         return record
 
-    def _ratio(self, pruned: Measured, plan: Plan) -> dict[str, Any]:
+    @property
+    def _last(self) -> Measured | None:
+        """Figures of the model that was saved."""
+        return self.pruned if self.quantized is None else self.quantized
+
+    def _ratio(self, last: Measured) -> dict[str, Any]:
         largest = list(self.dense.latency_ms)[-1] if self.dense.latency_ms else None  # the largest batch comes last
         return {
-            "macs": plan.ratio,
-            "parameters": pruned.parameters / self.dense.parameters,
-            "bytes": pruned.bytes / self.dense.bytes,
-            "latency": pruned.latency_ms[largest] / self.dense.latency_ms[largest] if largest else None,
+            "macs": 1.0 if self.plan is None else self.plan.ratio,
+            "parameters": last.parameters / self.dense.parameters,
+            "bytes": last.bytes / self.dense.bytes,
+            "latency": last.latency_ms[largest] / self.dense.latency_ms[largest] if largest else None,
         }
 
     def table(self) -> str:
@@ -119,15 +122,17 @@ class Run:
             f"{self.model_name} on {self.task_name}: method {self.method}, mu {self.mu:g}, seed {self.seed}, "
             f"{self.sample_batch_size} examples ({self.calibration_tokens:,} tokens)"
         )
-        lines = [title, "", f"  {'':22}{'dense':>18}{'pruned':>18}{'change':>12}"]
-        lines += [_metric_row(name, self.dense, self.pruned) for name in _names(self.dense.metrics)]
+        named = {"dense": self.dense, "pruned": self.pruned, "quantized": self.quantized}
+        models = {name: figures for name, figures in named.items() if figures is not None}
+        columns = list(models) if len(models) > 1 else ["dense", "pruned"]
+        lines = [title, "", f"  {'':22}" + "".join(f"{name:>18}" for name in columns) + f"{'change':>12}"]
+        lines += [_metric_row(name, list(models.values())) for name in _names(self.dense.metrics)]
         for name, unit, scale in (("macs", "M", 1e6), ("parameters", "M", 1e6), ("bytes", "MB", 1e6)):
-            after = getattr(self.pruned, name) if self.pruned else None
             label = {"macs": "MACs", "bytes": "file size"}.get(name, name)
-            lines.append(_ratio_row(f"{label} ({unit})", getattr(self.dense, name), after, scale))
-        for shape, value in self.dense.latency_ms.items():
-            after = self.pruned.latency_ms.get(shape) if self.pruned else None
-            lines.append(_ratio_row(f"latency {shape} (ms)", value, after, 1.0))
+            lines.append(_ratio_row(f"{label} ({unit})", [getattr(some, name) for some in models.values()], scale))
+        for shape in self.dense.latency_ms:
+            values = [some.latency_ms[shape] for some in models.values()]
+            lines.append(_ratio_row(f"latency {shape} (ms)", values, 1.0))
         if self.plan is not None:
             lines += ["", f"  {'layer':>5}{'heads':>8}{'neurons':>10}{'attention error':>18}{'ffn error':>12}"]
             lines += [
@@ -135,6 +140,8 @@ class Run:
                 f"{layer.attention_error:>18.4f}{layer.ffn_error:>12.4f}"
                 for index, layer in enumerate(self.plan.layers)
             ]
+        if self.quantization is not None:
+            lines += ["", *_quantized_lines(self.quantization)]
         if self.save_dir:
             lines += ["", f"  saved to {self.save_dir}"]
         spent = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
@@ -142,24 +149,64 @@ class Run:
         return "\n".join(lines)
 
 
+def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": index,
+            "heads": len(layer.heads),
+            "neurons": len(layer.neurons),
+            "attention_error": layer.attention_error,
+            "ffn_error": layer.ffn_error,
+        }
+        for index, layer in enumerate(plan.layers)
+    ]
+
+
+def _quantized_section(figures: Measured, found: Quantized) -> dict[str, Any]:
+    config = found.config
+    settings = {
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "symmetric": config.symmetric,
+        "quantizer": config.quantizer,
+        "scope": config.layers,
+    }
+    return {"quantized": figures.to_dict() | settings, "quantized_layers": [asdict(layer) for layer in found.layers]}
+
+
+def _quantized_lines(found: Quantized) -> list[str]:
+    config = found.config
+    grid = "symmetric" if config.symmetric else "with zero points"
+    group = "one scale per output" if config.group_size < 0 else f"groups of {config.group_size}"
+    lines = [
+        f"  {config.bits} bits, {group}, {grid}, by {config.quantizer}; relative error of each layer's output",
+        f"  {'layer':>5}  {'name':32}{'error':>9}{'nearest':>9}{'damping':>9}{'trust':>12}{'seconds':>9}",
+    ]
+    return lines + [
+        f"  {row.layer:>5}  {row.name:32}{row.error:>9.4f}{row.nearest_error:>9.4f}{row.damping:>9.0e}"
+        f"{' '.join(f'{share:.2f}' for share in row.trust):>12}{row.seconds:>9.2f}"
+        for row in found.layers
+    ]
+
+
 def _names(metrics: dict[str, float]) -> list[str]:
     return [name for name in metrics if not name.endswith("_stderr")]
 
 
-def _metric_row(name: str, dense: Measured, pruned: Measured | None) -> str:
+def _metric_row(name: str, models: Sequence[Measured]) -> str:
     def cell(figures: Measured) -> str:
         return f"{figures.metrics[name]:.4f} ±{figures.metrics.get(name + '_stderr', 0.0):.4f}"
 
-    row = f"  {name:22}{cell(dense):>18}"
-    if pruned is not None:
-        row += f"{cell(pruned):>18}{pruned.metrics[name] - dense.metrics[name]:>+12.4f}"
+    row = f"  {name:22}" + "".join(f"{cell(some):>18}" for some in models)
+    if len(models) > 1:
+        row += f"{models[-1].metrics[name] - models[0].metrics[name]:>+12.4f}"
     return row
 
 
-def _ratio_row(label: str, before: float, after: float | None, scale: float) -> str:
-    row = f"  {label:22}{before / scale:>18,.2f}"
-    if after is not None:
-        row += f"{after / scale:>18,.2f}{after / before:>11.3f}x"
+def _ratio_row(label: str, values: Sequence[float], scale: float) -> str:
+    row = f"  {label:22}" + "".join(f"{value / scale:>18,.2f}" for value in values)
+    if len(values) > 1:
+        row += f"{values[-1] / values[0]:>11.3f}x"
     return row
 
 
@@ -178,32 +225,3 @@ def write_report(run: Run, stem: Path) -> Path:
     path = stem.with_name(f"{stem.name}.txt")
     append_atomically(path, run.table() + "\n\n")
     return path
-
-
-def model_card(run_title: str, plan: Plan, source: str) -> str:
-    """README.md of a pruned checkpoint."""
-    rows = "\n".join(
-        f"| {index} | {heads} | {neurons} |"
-        for index, (heads, neurons) in enumerate(zip(plan.heads, plan.neurons, strict=True))
-    )
-    return f"""---
-library_name: transformers
-tags: [shrinkformer, pruned]
----
-# {run_title}
-
-`{source}`, pruned by shrinkformer to {plan.ratio:.4f} of its MACs without retraining
-(method `{plan.method}`, mu {plan.mu:g}, seed {plan.seed}; MACs at {plan.sequence_length:.2f} tokens).
-
-```python
-import shrinkformer                                # pip install shrinkformer
-model = shrinkformer.load("path/to/this/folder")
-
-from transformers import AutoModel                 # or without it: the folder brings its own classes
-model = AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)
-```
-
-| layer | heads | neurons |
-|---|---|---|
-{rows}
-"""

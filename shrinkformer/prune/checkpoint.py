@@ -112,7 +112,7 @@ def complete(
     card: str | None,
 ) -> None:
     """Add to weights and configuration what makes a folder load anywhere: classes, plan, tokenizer, model card."""
-    stock = _stock_class(kind)  # a model that came from load() has our class; its config must name the stock one
+    stock = stock_class(kind)  # a model that came from load() has our class; its config must name the stock one
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text())
     config["architectures"] = [stock.__name__]
@@ -200,7 +200,8 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def _stock_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def stock_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of transformers that a model's class is made from, or is."""
     return next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))
 
 

@@ -112,7 +112,11 @@ def fit_grid(weight: Tensor, scheme: Scheme, *, dtype: torch.dtype, search: bool
                 best = error, scale, zero
                 continue
             better = error < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))
+            best = (
+                torch.where(better, error, best[0]),
+                torch.where(better, scale, best[1]),
+                torch.where(better, zero, best[2]),
+            )
     assert best is not None
     return Grid(scheme, best[1], best[2], weight.shape[1])
 

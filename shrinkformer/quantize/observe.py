@@ -56,7 +56,7 @@ def merged(folds: Sequence[Fold]) -> Fold:
     """All examples together."""
     first = folds[0]
     inputs = Moments.zeros(first.inputs.n, first.inputs.device)
-    shifts = tuple(CrossMoments(*part.second.shape, part.second.device) for part in first.shifts)
+    shifts = tuple(CrossMoments(len(part.total), first.inputs.n, part.total.device) for part in first.shifts)
     for fold in folds:
         inputs.merge(fold.inputs)
         for part, other in zip(shifts, fold.shifts, strict=True):

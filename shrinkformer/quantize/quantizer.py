@@ -133,6 +133,8 @@ def quantize_(
         NumericalError: The model computes NaN or infinity on the examples.
     """
     config, resources = config or QuantizeConfig(), resources or Resources()
+    if dense is None:
+        require_groups(model, config)
     model.eval()
     began = perf_counter()
     run = BlockQuantizer(model, model if dense is None else dense, batches, config, resources)
@@ -148,6 +150,24 @@ def quantize_(
     run.finish(model)
     quantized.seconds["quantization"] = perf_counter() - began
     return quantized
+
+
+def require_groups(model: PreTrainedModel, config: QuantizeConfig) -> None:
+    """Check, from shapes alone, that the layers of a model are at least one group wide.
+
+    Raises:
+        InputError: One is not.
+        UnsupportedModelError: A layer is none that could be quantized.
+    """
+    view = layer_views(model)[0]
+    for site in block_sites(view.architecture, config.layers):
+        for path in site.paths:
+            inputs = view.linear(path).in_features
+            if config.group_size > inputs:
+                raise InputError(
+                    f"--group_size {config.group_size}: larger than {path} of layer {view.index}, which has {inputs} "
+                    f"inputs; choose at most {inputs}, or -1 for one scale per output."
+                )
 
 
 class BlockQuantizer:
@@ -244,12 +264,15 @@ class BlockQuantizer:
         centred: bool,
     ) -> tuple[Solved, tuple[float, ...]]:
         """Quantize one layer in place."""
-        target, shift, trust = linear.weight, None, ()
+        target: Tensor = linear.weight
+        shift: Tensor | None = None
+        trust: tuple[float, ...] = ()
         if folds is not None and whole is not None and self._recipe.correct:
             corrected = correct(linear.weight, folds, whole, centred=centred)
             target, shift, trust = corrected.weight, corrected.shift, corrected.trust
         config = self._config
-        solved = quantize_weight(target, hessian, config.scheme, self._recipe, dtype=config.scale_dtype)
+        scheme = config.scheme.fitting(linear.in_features)
+        solved = quantize_weight(target, hessian, scheme, self._recipe, dtype=config.scale_dtype)
         weight = solved.weight.decode()
         if shift is not None and whole is not None and linear.bias is not None:
             gained = (linear.weight.double() - weight.double()) @ whole.inputs.mean

@@ -1,6 +1,6 @@
 """How weights are stored: bits, groups and kind of grid."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,16 @@ class Scheme:
     def group_of(self, inputs: int, device: torch.device | str = "cpu") -> Tensor:
         """The group of every column, ``(inputs,)`` int64."""
         return torch.arange(inputs, device=device) // self.width(inputs)
+
+    def fitting(self, inputs: int) -> "Scheme":
+        """The same with a group that divides the inputs of one layer, if halving it (down to 16) leads to one.
+
+        Formats hold whole groups only, and pruned layers have widths of their own.
+        """
+        size = self.width(inputs)
+        while inputs % size and size % 2 == 0 and size > 16:
+            size //= 2
+        return self if inputs % size else replace(self, group_size=self.group_size if size == inputs else size)
 
     def stored_bits(self, outputs: int, inputs: int, scale_bits: int = 16) -> int:
         """What codes, scales and zero points of a weight take in a file."""

@@ -1,0 +1,69 @@
+"""Model cards, README.md of what was saved."""
+
+from shrinkformer.prune.plan import Plan
+from shrinkformer.quantize.quantizer import Quantized
+
+
+def model_card(run_title: str, plan: Plan, source: str) -> str:
+    """README.md of a pruned checkpoint."""
+    rows = "\n".join(
+        f"| {index} | {heads} | {neurons} |"
+        for index, (heads, neurons) in enumerate(zip(plan.heads, plan.neurons, strict=True))
+    )
+    return f"""---
+library_name: transformers
+tags: [shrinkformer, pruned]
+---
+# {run_title}
+
+`{source}`, pruned by shrinkformer to {plan.ratio:.4f} of its MACs without retraining
+(method `{plan.method}`, mu {plan.mu:g}, seed {plan.seed}; MACs at {plan.sequence_length:.2f} tokens).
+
+```python
+import shrinkformer                                # pip install shrinkformer
+model = shrinkformer.load("path/to/this/folder")
+
+from transformers import AutoModel                 # or without it: the folder brings its own classes
+model = AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)
+```
+
+| layer | heads | neurons |
+|---|---|---|
+{rows}
+"""
+
+
+_LOADING = {
+    "compressed-tensors": ".from_pretrained(folder{trust})   # pip install compressed-tensors",
+    "gptq": ".from_pretrained(folder{trust})   # pip install gptqmodel optimum",
+    "float": ".from_pretrained(folder{trust})",
+}
+
+
+def quantized_card(title: str, found: Quantized, plan: Plan | None, source: str, kind: str) -> str:
+    """README.md of a quantized checkpoint."""
+    config = found.config
+    grid = "symmetric" if config.symmetric else "with zero points"
+    group = "one scale per output" if config.group_size < 0 else f"groups of {config.group_size}"
+    pruned = "" if plan is None else f" after pruning to {plan.ratio:.4f} of its MACs (method `{plan.method}`)"
+    trust = "" if plan is None else ", trust_remote_code=True"
+    if kind == "onnx":
+        loading = 'import onnxruntime\nsession = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")'
+    else:
+        loading = "import shrinkformer                                # pip install shrinkformer\n"
+        loading += 'model = shrinkformer.load("path/to/this/folder")\n\n'
+        loading += "# or without it, with the Auto class of the task:\n"
+        loading += "# model = AutoModelFor..." + _LOADING[kind].format(trust=trust)
+    return f"""---
+library_name: transformers
+tags: [shrinkformer, quantized]
+---
+# {title}
+
+`{source}`, quantized by shrinkformer to {config.bits} bits without retraining{pruned}: {group}, {grid}, layers
+`{config.layers}`, quantizer `{config.quantizer}`, format `{kind}`.
+
+```python
+{loading}
+```
+"""

@@ -1,0 +1,202 @@
+"""What all commands do once their inputs are read: load, evaluate, then a step for each budget, and report."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from shrinkformer.architectures import layer_views
+from shrinkformer.commands.console import block_progress, say
+from shrinkformer.commands.dry_run import describe
+from shrinkformer.commands.locate import Source, empty_model, load_model
+from shrinkformer.commands.memory import GIB, Footprint, available_bytes
+from shrinkformer.commands.options import PruneOptions
+from shrinkformer.commands.report import Measured, Run, write_report
+from shrinkformer.efficiency.macs import model_macs
+from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, folder_bytes
+from shrinkformer.errors import InputError
+from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
+from shrinkformer.prune.hidden import Offload
+from shrinkformer.prune.pruner import Calibrated, calibrate, timed
+from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.resume import BlockStore, fingerprint
+from shrinkformer.prune.statistics import Batches
+from shrinkformer.prune.stream import count_tokens
+from shrinkformer.utils.parallel import Workers
+
+Evaluate = Callable[[PreTrainedModel, Resources], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model and one task, read and checked: all that differs between encoders and decoders.
+
+    Attributes:
+        task_name: What the model is calibrated for, in reports.
+        stem: Where reports go, below the output folder, without suffix.
+        folder: Where checkpoints go, below the output folder, without the budget.
+        source: The model.
+        chosen: The class that loads it.
+        tokenizer: Saved beside the pruned model.
+        batches: Calibration examples as model inputs; those of all workers.
+        sequence_length: Length at which MACs are counted.
+        evaluate: Metrics of a model, with their standard errors.
+        shapes: Inputs whose latency is measured, (examples, tokens).
+        device: Where models run.
+        dtype: Of weights in memory.
+        workers: The processes that share the work.
+        whole: Why the model has to be in memory as a whole; "" where it may pass block by block.
+    """
+
+    task_name: str
+    stem: Path
+    folder: Path
+    source: Source
+    chosen: Any
+    tokenizer: Any
+    batches: Batches
+    sequence_length: float
+    evaluate: Evaluate
+    shapes: Sequence[tuple[int, int]]
+    device: str
+    dtype: torch.dtype
+    workers: Workers
+    whole: str = ""
+
+    def say(self, message: str) -> None:
+        """Tell the user, once."""
+        if self.workers.is_main:
+            say(message)
+
+
+@dataclass
+class Session:
+    """The dense model of a job, and what is known about it so far."""
+
+    job: Job
+    options: PruneOptions
+    model: PreTrainedModel
+    resources: Resources
+    seconds: dict[str, float]  # of the steps that all budgets share
+    dense: Measured = field(default_factory=lambda: Measured({}, 0.0, 0, 0))
+    calibrated: Calibrated | None = None
+
+    @property
+    def lazily(self) -> bool:
+        """Whether the model passes block by block."""
+        return self.resources.offload is not None
+
+
+Step = Callable[[Session, Budget], Run]
+
+
+def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: Step) -> None:
+    """Take a step for every budget that was asked for, and report.
+
+    Args:
+        job: The model and the task.
+        options: Of the command.
+        seconds: Time that was spent already, by step.
+        step: What is done for one budget.
+
+    Raises:
+        InputError: The model does not fit into memory, and has to.
+    """
+    budgets = [
+        Budget(mu, job.sequence_length, options.round_to, options.min_heads, options.min_neurons) for mu in options.mu
+    ]
+    if job.source.quantized and options.calibrates:
+        raise InputError(
+            f"--model_name {job.source.name}: it is quantized already; pass the float checkpoint it was made from."
+        )
+    shapes = empty_model(job.source, job.chosen)
+    footprint = Footprint.of(shapes, count_tokens(job.batches), options.batch_size, job.sequence_length, job.dtype)
+    limit = available_bytes(job.device) * 0.8 if options.max_memory is None else options.max_memory * GIB
+    lazily = job.workers.broadcast(footprint.resident > limit)  # what is free differs from moment to moment
+    if lazily and job.whole:
+        raise InputError(
+            f"--max_memory: {job.whole}, which takes {footprint.resident / GIB:,.1f} GiB, but {limit / GIB:,.1f} GiB "
+            "are allowed or free; allow more, or use a machine with more."
+        )
+    if options.dry_run:
+        job.say(describe(job, shapes, budgets, options, footprint=footprint, limit=limit))
+        return
+    for budget in budgets:
+        CostModel.of(layer_views(shapes), budget).require_feasible()
+    session = _start(job, options, seconds, lazily=lazily, limit=limit)
+    job.say(f"evaluating the dense model on {job.task_name}")
+    location = Path(job.source.location)
+    with timed(seconds, "evaluation"):
+        session.dense = measure(session, session.model, session.resources, location)
+    if any(budget.mu < 1 for budget in budgets):
+        _calibrate(session)
+    for budget in budgets:
+        run = step(session, budget)
+        if job.workers.is_main:
+            say("\n" + run.table())
+            say(f"  report: {write_report(run, options.output_dir / job.stem)}\n")
+    if session.resources.store is not None and job.workers.is_main:
+        session.resources.store.clear()
+
+
+def _start(job: Job, options: PruneOptions, seconds: dict[str, float], *, lazily: bool, limit: float) -> Session:
+    how = "; its blocks stay on disk until they are needed (--max_memory)" if lazily else ""
+    job.say(f"loading {job.source.name} from {job.source.location}{how}")
+    with timed(seconds, "loading"):
+        model, weights = load_model(job.source, job.chosen, job.device, job.dtype, lazily=lazily)
+        offload = None
+        if lazily:
+            offload = Offload(options.offload_dir or (options.output_dir / job.stem).parent, int(limit / 4))
+        store = _open_store(job, options, model) if any(mu < 1 for mu in options.mu) else None
+    return Session(job, options, model, Resources(weights, offload, store, job.workers), seconds)
+
+
+def _open_store(job: Job, options: PruneOptions, model: PreTrainedModel) -> BlockStore:
+    """Where finished blocks of the calibration are kept until the run is over."""
+    base = options.output_dir / job.folder if options.offload_dir is None else options.offload_dir / job.folder.name
+    folder = base.with_name(f"{base.name}.resume")
+    if folder.exists() and not options.resume:
+        job.say("starting anew; --resume would take up the calibration of an interrupted run")
+    location = Path(job.source.location)
+    files = sorted(location.glob("*.safetensors")) if location.is_dir() else []
+    key = fingerprint(model, job.batches, files)
+    if job.workers.is_main:
+        BlockStore(folder, key, resume=options.resume)  # deletes what is not to be taken up, before others look
+    job.workers.barrier()
+    return BlockStore(folder, key, resume=True)
+
+
+def _calibrate(session: Session) -> None:
+    """One pass of the calibration examples, for all budgets; finished blocks stay on disk until the run is over."""
+    job, options = session.job, session.options
+    inputs = sum(len(batch["input_ids"]) for batch in job.batches)
+    job.say(f"calibrating on {inputs:,} inputs, {count_tokens(job.batches):,} tokens")
+    session.calibrated = calibrate(
+        session.model,
+        job.batches,
+        method=options.method,
+        seed=options.seed,
+        progress=block_progress("calibrating") if job.workers.is_main else iter,
+        resources=session.resources,
+    )
+    session.seconds |= session.calibrated.seconds
+
+
+def measure(session: Session, model: PreTrainedModel, resources: Resources, folder: Path) -> Measured:
+    """Evaluate a model and take its sizes; ``folder`` holds its weights unless they came from the hub."""
+    views = layer_views(model)
+    return Measured(
+        metrics=session.job.evaluate(model, resources),
+        macs=model_macs(layer_sizes(views), views[0].hidden_size, session.job.sequence_length),
+        parameters=count_parameters(model),
+        bytes=folder_bytes(folder) if folder.is_dir() else checkpoint_bytes(model),
+    )
+
+
+def show_progress(workers: Workers) -> bool:
+    """Whether progress bars should appear."""
+    return workers.is_main and sys.stderr.isatty()
