@@ -30,6 +30,7 @@ config = GPTQConfig(
     group_size=settings["group_size"],
     gptaq=None if alpha is None else GPTAQConfig(alpha=alpha),
     offload_to_disk=False,
+    format="gptq_v2",  # v1 packs zero points less one, which unpacking in memory does not undo: all weights a step off
     **options,
 )
 model = GPTQModel.load(settings["model"], config, dtype=torch.float32, device="cpu")

@@ -121,12 +121,17 @@ def complete(
     shutil.copyfile(inspect.getfile(pruned_modeling), folder / "pruned_modeling.py")
     (folder / PLAN_FILE).write_text(plan.to_json() if plan is not None else "{}")
     if tokenizer is not None:
-        if tokenizer.is_fast:  # else tokenizer.json keeps the lengths of the last call
-            tokenizer.backend_tokenizer.no_truncation()
-            tokenizer.backend_tokenizer.no_padding()
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     if card is not None:
         (folder / "README.md").write_text(card)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer without the lengths of its last call."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
 
 
 def describe_sizes(model: PreTrainedModel, plan: Plan | None = None) -> None:

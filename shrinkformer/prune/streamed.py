@@ -15,7 +15,9 @@ from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import Calibrated, timed
 from shrinkformer.prune.shards import ShardWriter
 
-_SHARD_BYTES = 1e9  # held in memory until they are written
+SHARD_BYTES = 1e9
+"""Size of the files of a streamed checkpoint: so much is held in memory until it is written."""
+
 
 def prune_to_folder(
     calibrated: Calibrated,
@@ -50,15 +52,15 @@ def prune_to_folder(
     blocks = calibrated.prune_blocks(counts, config)
     if not calibrated.resources.workers.is_main:
         return calibrated.plan(budget, counts, [layer for _, layer in blocks]), seconds
-    prefix = _block_prefix(model)
+    prefix = block_prefix(model)
     layers = []
     with replacing(directory) as folder:
-        writer = ShardWriter(folder, max_shard_bytes=_SHARD_BYTES)
+        writer = ShardWriter(folder, max_shard_bytes=SHARD_BYTES)
         with timed(seconds, "refit"):
-            _add(writer, model, _outside_blocks(model, prefix), dtype)
+            add_tensors(writer, model, outside_blocks(model, prefix), dtype)
             for view, layer in blocks:
                 layers.append(layer)
-                _add(writer, model, view.block.state_dict(prefix=f"{prefix}{view.index}."), dtype)
+                add_tensors(writer, model, view.block.state_dict(prefix=f"{prefix}{view.index}."), dtype)
         writer.finish()
         plan = calibrated.plan(budget, counts, layers)
         sizes = list(zip(counts.heads, counts.neurons, strict=True))
@@ -71,21 +73,21 @@ def prune_to_folder(
     return plan, seconds
 
 
-def _block_prefix(model: PreTrainedModel) -> str:
+def block_prefix(model: PreTrainedModel) -> str:
     """What the names of all weights of the blocks start with, up to the number of the block."""
     first = layer_views(model)[0].block
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     return names[first].removesuffix("0")
 
 
-def _outside_blocks(model: PreTrainedModel, prefix: str) -> dict[str, Tensor]:
+def outside_blocks(model: PreTrainedModel, prefix: str) -> dict[str, Tensor]:
     """Everything but the blocks; of weights that are the same, one."""
     tied = getattr(model, "all_tied_weights_keys", {})
     tensors = model.state_dict()
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix) and name not in tied}
 
 
-def _add(writer: ShardWriter, model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+def add_tensors(writer: ShardWriter, model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Write weights under the names that ``save_pretrained`` gives them: those of the hub, not always the model's."""
     for name, tensor in revert_weight_conversion(model, tensors).items():
         writer.add(name, (tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()).contiguous())

@@ -13,17 +13,18 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
-from shrinkformer.architectures import Projection
 from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.prune import checkpoint, pruned_modeling
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.shards import ShardWriter
-from shrinkformer.quantize.formats import FORMATS
+from shrinkformer.quantize.formats import FLOAT, FORMATS
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layout import Format
 from shrinkformer.quantize.onnx_export import export_onnx
 from shrinkformer.quantize.reading import read_quantized_state_dict
+from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.utils.inputs import accepted_inputs
 
 DEFAULT_FORMAT = "compressed-tensors"
@@ -64,22 +65,20 @@ def save(
         InputError: The format cannot hold what was asked for.
         CheckpointError: The folder exists and holds something else.
     """
-    require_format(format, weights)
+    require_format(model, format, weights)
     with checkpoint.replacing(Path(directory)) as folder:
         if format == ONNX:
             if example is None:
                 raise InputError("--format onnx is checked on an example: pass example=, a batch of model inputs.")
             export_onnx(model, weights, folder / "model.onnx", accepted_inputs(model, example))
-            config = _config(model, None, dtype)
-            config.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            (folder / checkpoint.PLAN_FILE).write_text(plan.to_json() if plan is not None else "{}")
-            if card is not None:
-                (folder / "README.md").write_text(card)
-            return Path(directory)
-        _write(model, weights, folder, FORMATS[format], dtype)
-        _complete(model, folder, plan, tokenizer, card)
+            own, kind = copy.deepcopy(model.config), FLOAT
+        else:
+            own, kind = copy.deepcopy(model.config), FORMATS[format]
+            _write(model, weights, folder, kind, dtype)
+        schemes = {name: weight.grid.scheme for name, weight in weights.items()}
+        finish_folder(folder, model, own, kind, schemes, plan=plan, tokenizer=tokenizer, dtype=dtype)
+        if card is not None:
+            (folder / "README.md").write_text(card)
         for name in checkpoint.SIDE_FILES:
             if extras_from is not None and (extras_from / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -87,7 +86,7 @@ def save(
     return Path(directory)
 
 
-def require_format(format: str, weights: Mapping[str, QuantizedWeight]) -> None:
+def require_format(model: PreTrainedModel, format: str, weights: Mapping[str, QuantizedWeight]) -> None:
     """Check that a format holds every weight.
 
     Raises:
@@ -95,9 +94,18 @@ def require_format(format: str, weights: Mapping[str, QuantizedWeight]) -> None:
     """
     if format not in ALL_FORMATS:
         raise InputError(f"--format {format!r}: choose one of {', '.join(ALL_FORMATS)}.")
-    if format != ONNX:
-        for name, weight in weights.items():
-            FORMATS[format].require(name, weight)
+    if format == ONNX:
+        return
+    for name, weight in weights.items():
+        if format != FLOAT.name and _is_transposed(model, name):
+            raise InputError(f"{name}: no reader of --format {format} knows GPT-2's Conv1D; use --format float or onnx.")
+        FORMATS[format].require(name, weight)
+    groups = {(weight.grid.scheme.bits, weight.grid.scheme.group_size) for weight in weights.values()}
+    if format == DEFAULT_FORMAT and len(groups) > 1 and not all(w.grid.scheme.symmetric for w in weights.values()):
+        raise InputError(
+            f"--asymmetric: transformers cannot load --format {format} with zero points and several group sizes "
+            f"({', '.join(str(size) for _, size in sorted(groups))}); pass a --group_size that divides all layers."
+        )
 
 
 def _write(
@@ -119,49 +127,55 @@ def _write(
             transposed = stored.endswith(".weight") and _is_transposed(model, name)
             writer.add(stored, tensor.T.contiguous() if transposed else tensor)
     writer.finish()
-    schemes = {name: weight.grid.scheme for name, weight in weights.items()}
-    section = format.config(schemes, [name for name, _ in _linears(model) if name not in weights])
-    _config(model, section, dtype).save_pretrained(folder)
-    if section is not None and format.name == "gptq":
-        (folder / "quantize_config.json").write_text(json.dumps(section, indent=2) + "\n")
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
 
 
-def _linears(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-
-
-def _is_transposed(model: PreTrainedModel, name: str) -> bool:
-    linear = Projection.of(model.get_submodule(name))
-    return linear is not None and linear.weight is not linear.module.weight
-
-
-def _config(model: PreTrainedModel, section: Mapping[str, Any] | None, dtype: torch.dtype) -> PreTrainedConfig:
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype
-    config.architectures = [checkpoint.stock_class(type(model)).__name__]
-    if section is not None:
-        config.quantization_config = dict(section)
-    return config
-
-
-def _complete(
-    model: PreTrainedModel,
+def finish_folder(
     folder: Path,
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    format: Format,
+    schemes: Mapping[str, Scheme],
+    *,
     plan: Plan | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    card: str | None,
+    dtype: torch.dtype,
 ) -> None:
-    """What makes the folder load anywhere; a model of stock shape needs no code of ours."""
-    if getattr(model.config, "shrinkformer", None):
-        checkpoint.complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=card)
+    """Add to weights what makes a folder load anywhere; a model of stock shape needs no code of ours.
+
+    Args:
+        folder: With weights.
+        model: For its class and the names of its layers; it needs no weights.
+        config: To be written; changed.
+        format: Of the weights.
+        schemes: How each quantized layer is stored.
+        plan: What was kept, if the model was pruned.
+        tokenizer: Saved beside the model.
+        dtype: Of scales and of everything that is not quantized.
+    """
+    config.dtype = dtype
+    config.architectures = [checkpoint.stock_class(type(model)).__name__]
+    section = format.config(schemes, [name for name in _linears(model) if name not in schemes])
+    if section is not None:
+        config.quantization_config = section
+        if format.config_file:
+            (folder / format.config_file).write_text(json.dumps(section, indent=2) + "\n")
+    config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if getattr(config, "shrinkformer", None):
+        checkpoint.complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=None)
         return
     (folder / checkpoint.PLAN_FILE).write_text("{}")
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if card is not None:
-        (folder / "README.md").write_text(card)
+        checkpoint.save_tokenizer(tokenizer, folder)
+
+
+def _linears(model: PreTrainedModel) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def _is_transposed(model: PreTrainedModel, name: str) -> bool:
+    return isinstance(model.get_submodule(name), Conv1D)
 
 
 def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:

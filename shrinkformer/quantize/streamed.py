@@ -1,0 +1,169 @@
+"""Quantize a model that does not fit into memory: finished blocks go straight to the checkpoint."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from shrinkformer.architectures import LayerView, layer_views
+from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.checkpoint import describe, replacing
+from shrinkformer.prune.plan import LayerPlan, Plan
+from shrinkformer.prune.pruner import Calibrated, timed
+from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.shards import ShardWriter
+from shrinkformer.prune.statistics import Batches, Progress
+from shrinkformer.prune.streamed import SHARD_BYTES, add_tensors, block_prefix, outside_blocks
+from shrinkformer.quantize.checkpoint import finish_folder
+from shrinkformer.quantize.formats import FLOAT, FORMATS
+from shrinkformer.quantize.layout import Format
+from shrinkformer.quantize.quantizer import BlockQuantizer, Quantized, QuantizeConfig
+from shrinkformer.quantize.scheme import Scheme
+
+
+@dataclass
+class _Sink:
+    """A folder that takes blocks as they are finished, in one format."""
+
+    model: PreTrainedModel
+    writer: ShardWriter
+    format: Format
+    dtype: torch.dtype
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+
+    def take(self, view: LayerView, prefix: str, found: Quantized) -> None:
+        """A finished block; its integers are in ``found``."""
+        start = f"{prefix}{view.index}."
+        own = {name: weight for name, weight in found.weights.items() if name.startswith(start)}
+        plain = view.block.state_dict(prefix=start)
+        for name, weight in own.items():
+            plain.pop(f"{name}.weight")
+            self.schemes[name] = weight.grid.scheme
+            for stored, tensor in self.format.tensors(name, weight, self.dtype).items():
+                self.writer.add(stored, tensor)
+        add_tensors(self.writer, self.model, plain, self.dtype)
+
+
+@torch.no_grad()
+def quantize_to_folder(
+    model: PreTrainedModel,
+    batches: Batches,
+    config: QuantizeConfig,
+    directory: Path,
+    *,
+    format: str,
+    dtype: torch.dtype,
+    resources: Resources,
+    pruning: tuple[Calibrated, Budget] | None = None,
+    decoded: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress = iter,
+) -> tuple[Quantized, Plan | None]:
+    """Quantize a model, pruned before or not, and write it shard by shard; all of the folder appears, or nothing.
+
+    One block of the model is in memory. With several workers all of them compute, and the main one writes.
+
+    Args:
+        model: The dense model; its blocks need no weights.
+        batches: Calibration examples of all workers.
+        config: What is done.
+        directory: Where to; replaced when it is an earlier checkpoint of this package.
+        format: One of the packed formats, or ``float``.
+        dtype: Of scales and of everything that is not quantized.
+        resources: Where weights come from, where data goes, who shares the work.
+        pruning: What was learnt for pruning, and how much may stay; each block is pruned right before it is quantized.
+        decoded: A folder for the same model as ordinary weights, to evaluate it block by block.
+        tokenizer: Saved beside the model.
+        progress: Wraps the loop over the blocks, for a progress bar.
+
+    Returns:
+        Reports of all layers, with the integers of none, and what was kept.
+
+    Raises:
+        InputError: The format cannot hold what comes out.
+        BudgetError: The budget is below what every block must keep.
+        CheckpointError: The folder exists and holds something else.
+    """
+    found, prefix, layers = Quantized({}, [], config), block_prefix(model), list[LayerPlan]()
+    run = BlockQuantizer(model, model, batches, config, resources)
+    own = copy.deepcopy(model.config)
+    blocks = _blocks(model, own, resources, pruning, layers)
+    with (
+        timed(found.seconds, "quantization"),
+        replacing(directory) if resources.workers.is_main else nullcontext(directory) as folder,
+    ):
+        sinks = _sinks(model, folder, decoded, format, dtype) if resources.workers.is_main else []
+        for view in progress(blocks):
+            with resources.weights.resident(view.index):
+                for path, solved, report in run.quantize(view, layer_views(model)[view.index]):
+                    FORMATS[format].require(f"{prefix}{view.index}.{path}", solved.weight)
+                    found.weights[f"{prefix}{view.index}.{path}"] = solved.weight
+                    found.layers.append(report)
+            for sink in sinks:
+                sink.take(view, prefix, found)
+            found.weights.clear()
+        before = {name: tensor.clone() for name, tensor in outside_blocks(model, prefix).items()}
+        run.finish(model)
+        plan = _plan(pruning, layers, own, model, dtype)
+        for sink in sinks:
+            add_tensors(sink.writer, model, outside_blocks(model, prefix), dtype)
+            sink.writer.finish()
+            where = folder if sink is sinks[0] else decoded
+            assert where is not None
+            finish_folder(where, model, own, sink.format, sink.schemes, plan=plan, tokenizer=tokenizer, dtype=dtype)
+        for name, tensor in outside_blocks(model, prefix).items():
+            tensor.copy_(before[name])  # the norm behind the blocks was fitted; other budgets start from the dense model
+    return found, plan
+
+
+def _sinks(
+    model: PreTrainedModel, folder: Path, decoded: Path | None, format: str, dtype: torch.dtype
+) -> list[_Sink]:
+    sinks = [_Sink(model, ShardWriter(folder, SHARD_BYTES), FORMATS[format], dtype)]
+    if decoded is not None:
+        sinks.append(_Sink(model, ShardWriter(decoded, SHARD_BYTES), FLOAT, dtype))
+    return sinks
+
+
+def _blocks(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    resources: Resources,
+    pruning: tuple[Calibrated, Budget] | None,
+    layers: list[LayerPlan],
+) -> Iterator[LayerView]:
+    """Copies of the blocks to quantize, one at a time; plans of pruned ones are appended to ``layers``."""
+    if pruning is None:
+        for view in layer_views(model):
+            with resources.weights.resident(view.index):
+                yield replace(view, block=copy.deepcopy(view.block, {id(model.config): config}))
+        return
+    calibrated, budget = pruning
+    counts = calibrated.allocate(budget)
+    for view, layer in calibrated.prune_blocks(counts, config):
+        layers.append(layer)
+        yield view
+
+
+def _plan(
+    pruning: tuple[Calibrated, Budget] | None,
+    layers: list[LayerPlan],
+    config: PreTrainedConfig,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+) -> Plan | None:
+    """What was kept, also written into the configuration."""
+    own = config
+    own.dtype = dtype
+    if pruning is None:
+        return None
+    calibrated, budget = pruning
+    counts = calibrated.allocate(budget)
+    plan = calibrated.plan(budget, counts, layers)
+    sizes = list(zip(counts.heads, counts.neurons, strict=True))
+    describe(own, sizes, layer_views(model)[0].head_size, plan)
+    return plan
