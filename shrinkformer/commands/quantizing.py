@@ -1,34 +1,51 @@
 """What quantizing commands do for one budget: prune if asked to, quantize, save, check what was saved, measure."""
 
 import copy
+import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from shrinkformer.commands.cards import quantized_card
 from shrinkformer.commands.console import block_progress
-from shrinkformer.commands.locate import empty_model
+from shrinkformer.commands.locate import empty_model, load_model, model_class
 from shrinkformer.commands.pruning import round_weights
 from shrinkformer.commands.quantize_options import QuantizeOptions
 from shrinkformer.commands.report import Measured, Run
 from shrinkformer.commands.session import Job, Session, measure, run_job
 from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.efficiency.size import peak_memory_bytes
-from shrinkformer.errors import CheckpointError
+from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import describe_sizes
+from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import Pruned, timed
+from shrinkformer.prune.statistics import Progress
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.quantize.checkpoint import ONNX, load, save
+from shrinkformer.quantize.onnx_export import onnx_is_installed
 from shrinkformer.quantize.quantizer import Quantized, quantize_, require_groups
+from shrinkformer.quantize.streamed import quantize_to_folder
 from shrinkformer.utils.inputs import accepted_inputs
 
 _FLOAT_TOLERANCE = 0.05
 """Largest difference of outputs, relative to the largest output, when decoded weights are rounded to 16 bits."""
+
+
+@dataclass
+class _Outcome:
+    """What a step found, in memory or block by block."""
+
+    quantization: Quantized
+    quantized: Measured
+    folder: Path
+    pruned: Measured | None = None
+    plan: Plan | None = None
+    latency: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def run_quantizing(job: Job, options: QuantizeOptions, seconds: dict[str, float]) -> None:
@@ -40,34 +57,22 @@ def run_quantizing(job: Job, options: QuantizeOptions, seconds: dict[str, float]
         seconds: Time that was spent already, by step.
 
     Raises:
-        InputError: The model does not fit into memory, or a group is wider than a layer.
+        InputError: The model does not fit into memory and has to, or a group is wider than a layer.
     """
+    if ONNX in options.format:
+        if not onnx_is_installed():
+            raise InputError('--format onnx needs onnx, onnxscript, onnxruntime: pip install "shrinkformer[export]"')
+        job = replace(job, whole=job.whole or "--format onnx exports the whole model")
     require_groups(empty_model(job.source, job.chosen), options.quantization(job.source.dtype))
-    run_job(replace(job, whole=job.whole or "quantizing"), options, seconds, quantize_once)
+    run_job(job, options, seconds, quantize_once)
 
 
 def quantize_once(session: Session, budget: Budget) -> Run:
     """Prune to one budget, quantize and measure; the checkpoint is on disk before anything is measured."""
     job, options, seconds = session.job, session.options, dict(session.seconds)
-    assert isinstance(options, QuantizeOptions)
-    pruned, measured = _prune(session, budget, seconds)
-    model = copy.deepcopy(session.model) if pruned is None else copy.deepcopy(pruned.model)
-    job.say(f"quantizing to {options.bits} bits by {options.quantizer}")
-    found = quantize_(
-        model,
-        job.batches,
-        options.quantization(job.source.dtype),
-        dense=None if pruned is None else session.model,
-        progress=block_progress("quantizing") if job.workers.is_main else iter,
-        resources=replace(session.resources, store=None),
-    )
-    seconds |= found.seconds
-    with timed(seconds, "saving"):
-        folder = _save(session, budget, model, pruned, found)
-    with timed(seconds, "evaluation"):
-        quantized = measure(session, model, replace(session.resources, store=None), folder)
-        latency = _latency(session, pruned, model)
+    found = (_quantize_lazily if session.lazily else _quantize_in_memory)(session, budget, seconds)
     seconds["total"] = sum(seconds.values())
+    latency = found.latency
     return Run(
         task_name=job.task_name,
         model_name=job.source.name,
@@ -77,16 +82,87 @@ def quantize_once(session: Session, budget: Budget) -> Run:
         sample_batch_size=options.sample_batch_size,
         calibration_tokens=count_tokens(job.batches),
         device=job.device,
-        dense=replace(session.dense, latency_ms=latency["dense"]),
-        pruned=None if measured is None else replace(measured, latency_ms=latency["pruned"]),
-        plan=None if pruned is None else pruned.plan,
-        save_dir=folder,
+        dense=replace(session.dense, latency_ms=latency.get("dense", {})),
+        pruned=None if found.pruned is None else replace(found.pruned, latency_ms=latency.get("pruned", {})),
+        plan=found.plan,
+        save_dir=found.folder,
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(job.device),
-        quantized=replace(quantized, latency_ms=latency["quantized"]),
-        quantization=found,
-        sequence_length=job.sequence_length,
+        quantized=replace(found.quantized, latency_ms=latency.get("quantized", {})),
+        quantization=found.quantization,
     )
+
+
+def _quantize_in_memory(session: Session, budget: Budget, seconds: dict[str, float]) -> _Outcome:
+    job, options = session.job, _options(session)
+    pruned, measured = _prune(session, budget, seconds)
+    model = copy.deepcopy(session.model if pruned is None else pruned.model)
+    job.say(f"quantizing to {options.bits} bits by {options.quantizer}")
+    found = quantize_(
+        model,
+        job.batches,
+        options.quantization(job.source.dtype),
+        dense=None if pruned is None else session.model,
+        progress=_progress(job),
+        resources=replace(session.resources, store=None),
+    )
+    seconds |= found.seconds
+    with timed(seconds, "saving"):
+        folder = _save(session, budget, model, pruned, found)
+    with timed(seconds, "evaluation"):
+        quantized = measure(session, model, replace(session.resources, store=None), folder)
+        latency = _latency(session, pruned, model)
+    return _Outcome(found, quantized, folder, measured, None if pruned is None else pruned.plan, latency)
+
+
+def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]) -> _Outcome:
+    """Prune, quantize and evaluate with one block in memory; the pruned model alone is not measured."""
+    job, options, offload = session.job, _options(session), session.resources.offload
+    assert offload is not None
+    offload.directory.mkdir(parents=True, exist_ok=True)
+    pruning = None if session.calibrated is None or budget.mu == 1 else (session.calibrated, budget)
+    (kind, folder), *_ = _targets(job, options, budget).items()
+    job.say(f"quantizing to {options.bits} bits by {options.quantizer}, block by block")
+    with tempfile.TemporaryDirectory(dir=offload.directory, prefix="decoded.") as scratch:
+        decoded = Path(job.workers.broadcast(scratch))
+        found, plan = quantize_to_folder(
+            session.model,
+            job.batches,
+            options.quantization(job.source.dtype),
+            folder,
+            format=kind,
+            dtype=job.source.dtype,
+            resources=replace(session.resources, store=None),
+            pruning=pruning,
+            decoded=decoded,
+            tokenizer=job.tokenizer,
+            progress=_progress(job),
+        )
+        seconds |= found.seconds
+        job.workers.barrier()
+        if job.workers.is_main:
+            (folder / "README.md").write_text(_card(job, options, found, plan, kind))
+        job.say(f"saved to {folder}")
+        with timed(seconds, "evaluation"):
+            saved = replace(job.source, location=str(decoded), config=AutoConfig.from_pretrained(decoded))
+            model, weights = load_model(saved, model_class(saved, None), job.device, job.dtype, lazily=True)
+            quantized = measure(session, model, replace(session.resources, weights=weights), folder)
+        job.workers.barrier()
+    return _Outcome(found, quantized, folder, plan=plan)
+
+
+def _options(session: Session) -> QuantizeOptions:
+    assert isinstance(session.options, QuantizeOptions)
+    return session.options
+
+
+def _progress(job: Job) -> Progress:
+    return block_progress("quantizing") if job.workers.is_main else iter
+
+
+def _card(job: Job, options: QuantizeOptions, found: Quantized, plan: Plan | None, kind: str) -> str:
+    title = f"{job.source.name} for {job.task_name} in {options.bits} bits"
+    return quantized_card(title, found, plan, job.source.name, kind)
 
 
 def _prune(session: Session, budget: Budget, seconds: dict[str, float]) -> tuple[Pruned | None, Measured | None]:
@@ -97,23 +173,21 @@ def _prune(session: Session, budget: Budget, seconds: dict[str, float]) -> tuple
     result = session.calibrated.prune(budget)
     seconds |= result.seconds
     with timed(seconds, "evaluation"):
-        nowhere = Path("not saved")
-        return result, measure(session, result.model, replace(session.resources, store=None), nowhere)
+        figures = measure(session, result.model, replace(session.resources, store=None), Path("not saved"))
+    size = figures.bytes * session.job.source.dtype.itemsize // session.job.dtype.itemsize  # as it would be saved
+    return result, replace(figures, bytes=size)
 
 
 def _save(session: Session, budget: Budget, model: PreTrainedModel, pruned: Pruned | None, found: Quantized) -> Path:
     """Write every format that was asked for and read it again; the folder of the first one."""
-    job, options = session.job, session.options
-    assert isinstance(options, QuantizeOptions)
+    job, options = session.job, _options(session)
     plan = None if pruned is None else pruned.plan
     if plan is not None:
         describe_sizes(model, plan)
     _round_the_rest(model, found, job.source.dtype)
-    title = f"{job.source.name} for {job.task_name} in {options.bits} bits"
     folders = _targets(job, options, budget)
     for kind, folder in folders.items():
         if job.workers.is_main:
-            card = quantized_card(title, found, plan, job.source.name, kind)
             example = {name: value[:2].clone() for name, value in job.batches[0].items()}
             save(
                 model,
@@ -123,7 +197,7 @@ def _save(session: Session, budget: Budget, model: PreTrainedModel, pruned: Prun
                 dtype=job.source.dtype,
                 plan=plan,
                 tokenizer=job.tokenizer,
-                card=card,
+                card=_card(job, options, found, plan, kind),
                 extras_from=Path(job.source.location),
                 example=example,
             )

@@ -69,7 +69,6 @@ class Run:
     peak_memory_bytes: int
     quantized: Measured | None = None
     quantization: Quantized | None = None
-    sequence_length: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that other programs read; design and README list its fields."""

@@ -145,13 +145,14 @@ def finish_folder(
     Args:
         folder: With weights.
         model: For its class and the names of its layers; it needs no weights.
-        config: To be written; changed.
+        config: To be written.
         format: Of the weights.
         schemes: How each quantized layer is stored.
         plan: What was kept, if the model was pruned.
         tokenizer: Saved beside the model.
         dtype: Of scales and of everything that is not quantized.
     """
+    config = copy.deepcopy(config)
     config.dtype = dtype
     config.architectures = [checkpoint.stock_class(type(model)).__name__]
     section = format.config(schemes, [name for name in _linears(model) if name not in schemes])
