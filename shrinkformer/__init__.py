@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shrinkformer.prune.budget import Budget as Budget
-    from shrinkformer.prune.checkpoint import load as load
     from shrinkformer.prune.checkpoint import save as save
     from shrinkformer.prune.plan import Plan as Plan
     from shrinkformer.prune.pruner import Calibrated as Calibrated
     from shrinkformer.prune.pruner import Pruned as Pruned
     from shrinkformer.prune.pruner import calibrate as calibrate
     from shrinkformer.prune.pruner import prune_model as prune_model
+    from shrinkformer.quantize.checkpoint import load as load
+    from shrinkformer.quantize.quantizer import QuantizeConfig as QuantizeConfig
+    from shrinkformer.quantize.quantizer import quantize_ as quantize_
 
 # Imported on first use: `import shrinkformer` must not take the seconds that torch and transformers take.
 _EXPORTS = {
@@ -26,12 +28,25 @@ _EXPORTS = {
     "Plan": "shrinkformer.prune.plan",
     "Pruned": "shrinkformer.prune.pruner",
     "calibrate": "shrinkformer.prune.pruner",
-    "load": "shrinkformer.prune.checkpoint",
+    "QuantizeConfig": "shrinkformer.quantize.quantizer",
+    "load": "shrinkformer.quantize.checkpoint",
     "prune_model": "shrinkformer.prune.pruner",
+    "quantize_": "shrinkformer.quantize.quantizer",
     "save": "shrinkformer.prune.checkpoint",
 }
 
-__all__ = ["Budget", "Calibrated", "Plan", "Pruned", "calibrate", "load", "prune_model", "save"]
+__all__ = [
+    "Budget",
+    "Calibrated",
+    "Plan",
+    "Pruned",
+    "QuantizeConfig",
+    "calibrate",
+    "load",
+    "prune_model",
+    "quantize_",
+    "save",
+]
 __version__ = "0.1.0"
 
 

@@ -152,6 +152,14 @@ def quantize_(
     return quantized
 
 
+def _at_least_two(batches: Batches) -> Batches:
+    """The same examples in two micro-batches or more: one half of them judges what was learnt from the other."""
+    if len(batches) > 1 or not batches or len(next(iter(batches[0].values()))) < 2:
+        return batches
+    half = len(next(iter(batches[0].values()))) // 2
+    return [{name: value[part] for name, value in batches[0].items()} for part in (slice(half), slice(half, None))]
+
+
 def require_groups(model: PreTrainedModel, config: QuantizeConfig) -> None:
     """Check, from shapes alone, that the layers of a model are at least one group wide.
 
@@ -191,7 +199,7 @@ class BlockQuantizer:
     ) -> None:
         self._config, self._recipe, self._resources = config, config.recipe, resources
         self._sites = block_sites(layer_views(model)[0].architecture, config.layers)
-        share = resources.workers.share(batches)
+        share = resources.workers.share(_at_least_two(batches))
         self._stream = BlockStream(model, share, resources.offload) if self._recipe.look_ahead else None
         self._dense = BlockStream(dense, share, resources.offload) if self._recipe.correct else None
 

@@ -79,7 +79,8 @@ def correct(weight: Tensor, folds: Sequence[Fold], whole: Fold, *, centred: bool
     """
     original = weight.double()
     shift = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    if not whole.shifts:
+    folds = [fold for fold in folds if fold.inputs.count]
+    if not whole.shifts or len(folds) < 2:
         return Target(weight.float(), shift, ())
     damping, trust = _cross_validate([_Sums.of(fold, original, centred=centred) for fold in folds])
     steps = _Sums.of(whole, original, centred=centred).steps(damping)
