@@ -13,8 +13,10 @@ from shrinkformer.quantize.checkpoint import save
 from shrinkformer.quantize.quantizer import QuantizeConfig, quantize_
 from tests.conftest import build_model, make_batches
 from tests.test_prune_opt import call, checkpoint, read_records, write_corpora
-from tests.test_streamed import encoder_command
-from tests.test_streamed import encoder_data  # noqa: F401  (a fixture)
+from tests.test_streamed import (
+    encoder_command,
+    encoder_data,  # noqa: F401  (a fixture)
+)
 
 COMMON = ("--sample_batch_size", "16", "--evaluation_windows", "4", "--group_size", "32")
 SMALL = ("--max_memory", "0.0001")
