@@ -47,6 +47,10 @@ class Grid:
         scale, zero = self.columns
         return scale * (codes.to(scale.dtype) - zero)
 
+    def some(self, rows: Tensor) -> Self:
+        """The grid of some rows, ``(rows,)`` int64."""
+        return replace(self, scale=self.scale[rows], zero=self.zero[rows])
+
     def rows(self, chosen: Tensor, other: Self) -> Self:
         """This grid, with the rows that ``chosen`` (``(outputs,)`` bool) marks taken from another one."""
         return replace(

@@ -14,6 +14,7 @@ from shrinkformer.errors import InputError
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import BlockStream
+from shrinkformer.quantize.fisher import output_metrics
 from shrinkformer.quantize.final_norm import refit_final_norm
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layer import Solved, quantize_weight
@@ -138,6 +139,7 @@ def quantize_(
     model.eval()
     began = perf_counter()
     run = BlockQuantizer(model, model if dense is None else dense, batches, config, resources)
+    run.weigh_outputs(model, batches)
     names = {module: name for name, module in model.named_modules()}
     quantized = Quantized({}, [], config)
     wanted = [None] * len(layer_views(model)) if dense is None else layer_views(dense)
@@ -199,9 +201,21 @@ class BlockQuantizer:
     ) -> None:
         self._config, self._recipe, self._resources = config, config.recipe, resources
         self._sites = block_sites(layer_views(model)[0].architecture, config.layers)
+        self._metrics: dict[tuple[int, str], Tensor] = {}
         share = resources.workers.share(_at_least_two(batches))
         self._stream = BlockStream(model, share, resources.offload) if self._recipe.look_ahead else None
         self._dense = BlockStream(dense, share, resources.offload) if self._recipe.correct else None
+
+    def weigh_outputs(self, model: PreTrainedModel, batches: Batches) -> None:
+        """Learn how much errors of each layer's outputs matter; the whole model must be in memory."""
+        if self._recipe.output_aware:
+            layers = {
+                (view.index, path): view.linear(path).module
+                for view in layer_views(model)
+                for site in self._sites
+                for path in site.paths
+            }
+            self._metrics = output_metrics(model, layers, batches, workers=self._resources.workers)
 
     @torch.no_grad()
     def quantize(self, view: LayerView, aim: LayerView) -> Iterator[tuple[str, Solved, LayerReport]]:
@@ -251,7 +265,8 @@ class BlockQuantizer:
                 prepared[centred] = Hessian.of(
                     second, damping=self._recipe.damping, by_activity=self._recipe.by_activity
                 )
-            solved, trust = self._solve_one(linear, folds, whole, prepared.get(centred), centred)
+            metric = self._metrics.pop((view.index, path), None)
+            solved, trust = self._solve_one(linear, folds, whole, prepared.get(centred), centred, metric)
             report = LayerReport(
                 view.index,
                 path,
@@ -270,6 +285,7 @@ class BlockQuantizer:
         whole: Fold | None,
         hessian: Hessian | None,
         centred: bool,
+        metric: Tensor | None,
     ) -> tuple[Solved, tuple[float, ...]]:
         """Quantize one layer in place."""
         target: Tensor = linear.weight
@@ -280,7 +296,7 @@ class BlockQuantizer:
             target, shift, trust = corrected.weight, corrected.shift, corrected.trust
         config = self._config
         scheme = config.scheme.fitting(linear.in_features)
-        solved = quantize_weight(target, hessian, scheme, self._recipe, dtype=config.scale_dtype)
+        solved = quantize_weight(target, hessian, scheme, self._recipe, dtype=config.scale_dtype, metric=metric)
         weight = solved.weight.decode()
         if shift is not None and whole is not None and linear.bias is not None:
             gained = (linear.weight.double() - weight.double()) @ whole.inputs.mean

@@ -20,6 +20,8 @@ class Recipe:
         sweeps: Of coordinate descent in one round, at most.
         sequential: Every layer sees inputs from quantized layers of its own block too; otherwise of earlier blocks only.
         correct: Aim at the dense model's outputs given the quantized model's inputs, and let biases take up means.
+        output_aware: Weigh errors by what they do to the model's predictions, and let later outputs of a layer make up
+            for the errors of earlier ones; needs the whole model in memory, otherwise it is left out.
         damping: Of the second moments, relative to their mean diagonal.
     """
 
@@ -32,6 +34,7 @@ class Recipe:
     sweeps: int = 2
     sequential: bool = True
     correct: bool = True
+    output_aware: bool = True
     damping: float = 0.01
 
 
@@ -48,8 +51,17 @@ RECIPES = {
             rounds=0,
             sequential=False,
             correct=False,
+            output_aware=False,
         ),
-        Recipe("rtn", look_ahead=False, search=False, rounds=0, sequential=False, correct=False),
+        Recipe(
+            "rtn",
+            look_ahead=False,
+            search=False,
+            rounds=0,
+            sequential=False,
+            correct=False,
+            output_aware=False,
+        ),
     )
 }
 

@@ -1,0 +1,134 @@
+"""How much errors in a layer's outputs matter to what the model predicts: one backward pass, no labels.
+
+An error ``e`` in the output of a layer changes the predicted distribution by about ``e' G e / 2`` (Kullback-Leibler), where
+``G`` is the Fisher information: the second moment of gradients of the log-likelihood of answers that are drawn from the
+model's own predictions. Errors in directions that softmax, ReLU or the next layer ignore cost nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shrinkformer.prune.statistics import Batches
+from shrinkformer.utils.inputs import accepted_inputs
+from shrinkformer.utils.parallel import ALONE, Workers
+
+Name = TypeVar("Name")
+
+TOKENS = 16_384
+"""Tokens that are enough: the sums have a few hundred thousand entries, which are shrunk towards their diagonal."""
+
+
+def output_metrics(
+    model: PreTrainedModel,
+    layers: Mapping[Name, nn.Module],
+    batches: Batches,
+    *,
+    tokens: int = TOKENS,
+    seed: int = 0,
+    workers: Workers = ALONE,
+) -> dict[Name, Tensor]:
+    """Fisher information of the outputs of linear layers.
+
+    Args:
+        model: The model, in evaluation mode and in memory as a whole; gradients pass through it, nothing is changed.
+        layers: The layers by any name.
+        batches: Examples of all workers; as many are used as hold ``tokens`` tokens.
+        tokens: See above.
+        seed: Of the drawn answers; the global generator stays as it is.
+        workers: Share the examples; all of them get the sums.
+
+    Returns:
+        ``(outputs, outputs)`` float32 for each layer, of any scale.
+
+    Source:
+        Martens, "New insights and perspectives on the natural gradient method", arXiv 1412.1193, section 5 (Fisher by
+        sampling). For quantization: Tseng et al., YAQA, arXiv 2505.22988.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    sums: dict[Name, Tensor] = {}
+    with _gradients_at(layers, sums), _frozen(model), torch.enable_grad():
+        for batch in workers.share(_enough(batches, tokens)):
+            inputs = accepted_inputs(model, batch)
+            embedded = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_(True)
+            inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
+            _log_likelihood(model(inputs_embeds=embedded, **inputs), batch, generator).backward()  # type: ignore[no-untyped-call]
+    for name in layers:
+        workers.sum_(sums[name])
+    return sums
+
+
+def _enough(batches: Batches, tokens: int) -> Sequence[Mapping[str, Tensor]]:
+    """The first batches, the last of them cut, that hold a number of tokens."""
+    chosen: list[Mapping[str, Tensor]] = []
+    for batch in batches:
+        count = batch["attention_mask"].sum(1).cumsum(0)
+        fitting = max(1, int((count <= tokens).sum()))
+        chosen.append({name: value[:fitting] for name, value in batch.items()})
+        tokens -= int(count[fitting - 1])
+        if tokens <= 0 or fitting < len(count):
+            break
+    return chosen
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Gradients of weights are not wanted, only those that pass through."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, before in wanted:
+            parameter.requires_grad_(before)
+
+
+@contextmanager
+def _gradients_at(layers: Mapping[Name, nn.Module], sums: dict[Name, Tensor]) -> Iterator[None]:
+    """Add the second moments of the gradients of each layer's output to ``sums`` whenever one arrives."""
+
+    def hook_for(name: Name) -> Any:
+        def hook(_module: nn.Module, _given: Any, gradients: tuple[Tensor, ...]) -> None:
+            rows = gradients[0].reshape(-1, gradients[0].shape[-1]).float()
+            one = rows.T @ rows
+            sums[name] = sums[name] + one if name in sums else one
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            stack.callback(module.register_full_backward_hook(hook_for(name)).remove)
+        yield
+
+
+def _log_likelihood(output: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    """Log-likelihood of answers drawn from what a model predicts, summed.
+
+    Classes and tokens are drawn from softmax; numbers and hidden states from a normal distribution around them.
+    """
+    mask = batch["attention_mask"].bool()
+    if "start_logits" in output:
+        parts = (output.start_logits, output.end_logits)
+        return sum((_drawn(part.masked_fill(~mask.to(part.device), -1e4), generator) for part in parts), torch.zeros(()))
+    if "logits" in output:
+        logits = output.logits[mask] if output.logits.ndim == 3 else output.logits
+        return _drawn(logits, generator) if logits.shape[-1] > 1 else _moved(logits, generator)
+    return _moved(output.last_hidden_state[mask], generator)
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Of classes, ``(rows, classes)``."""
+    logs = torch.log_softmax(logits.float(), -1)
+    with torch.no_grad():
+        answers = torch.multinomial(logs.exp(), 1, generator=generator)
+    return logs.gather(1, answers).sum()
+
+
+def _moved(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Of numbers: the gradient of a normal log-density at a point drawn from it is the step away from the mean."""
+    steps = torch.randn(values.shape, generator=generator, device=values.device)
+    return (values.float() * steps).sum()
