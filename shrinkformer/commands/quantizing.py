@@ -122,7 +122,9 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
     offload.directory.mkdir(parents=True, exist_ok=True)
     pruning = None if session.calibrated is None or budget.mu == 1 else (session.calibrated, budget)
     (kind, folder), *_ = _targets(job, options, budget).items()
-    job.say(f"quantizing to {options.bits} bits by {options.quantizer}, block by block")
+    aware = options.quantization(job.source.dtype).recipe.output_aware
+    without = "; errors are not weighed by their effect, which takes the whole model in memory" if aware else ""
+    job.say(f"quantizing to {options.bits} bits by {options.quantizer}, block by block{without}")
     with tempfile.TemporaryDirectory(dir=offload.directory, prefix="decoded.") as scratch:
         decoded = Path(job.workers.broadcast(scratch))
         found, plan = quantize_to_folder(

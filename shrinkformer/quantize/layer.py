@@ -11,8 +11,8 @@ from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.quantize.solver import Hessian, descend, output_error, refit_scales, round_ahead, round_following
 
 
-_LOTS, _LEAST_LOT = 16, 8
-"""Outputs that are solved at once: a sixteenth of a layer, at least eight."""
+_LOTS, _LEAST_LOT = 8, 8
+"""Outputs that are solved at once: an eighth of a layer, at least eight."""
 
 _SHRINKAGE, _METRIC_DAMPING = 0.1, 1e-3
 
