@@ -29,7 +29,8 @@ from shrinkformer.commands.prune_opt import as_batches
 from shrinkformer.dataset.corpora import CORPORA, calibration_windows, evaluation_windows
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.prune.resume import fingerprint
-from shrinkformer.quantize.quantizer import QuantizeConfig, quantize_
+from shrinkformer.quantize.config import QuantizeConfig
+from shrinkformer.quantize.quantizer import quantize_
 
 OURS = ("shrink", "gptq", "rtn")
 SYMMETRIC = {"shrink": True, "gptq": False, "rtn": False}  # the last two as their authors run them

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shrinkformer.prune.pruner import calibrate as calibrate
     from shrinkformer.prune.pruner import prune_model as prune_model
     from shrinkformer.quantize.checkpoint import load as load
-    from shrinkformer.quantize.quantizer import QuantizeConfig as QuantizeConfig
+    from shrinkformer.quantize.config import QuantizeConfig as QuantizeConfig
     from shrinkformer.quantize.quantizer import quantize_ as quantize_
 
 # Imported on first use: `import shrinkformer` must not take the seconds that torch and transformers take.
@@ -28,7 +28,7 @@ _EXPORTS = {
     "Plan": "shrinkformer.prune.plan",
     "Pruned": "shrinkformer.prune.pruner",
     "calibrate": "shrinkformer.prune.pruner",
-    "QuantizeConfig": "shrinkformer.quantize.quantizer",
+    "QuantizeConfig": "shrinkformer.quantize.config",
     "load": "shrinkformer.quantize.checkpoint",
     "prune_model": "shrinkformer.prune.pruner",
     "quantize_": "shrinkformer.quantize.quantizer",

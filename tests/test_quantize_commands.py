@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import shrinkformer
 from shrinkformer.commands import prune_opt, quantize_bert, quantize_opt, session
 from shrinkformer.quantize.checkpoint import save
-from shrinkformer.quantize.quantizer import QuantizeConfig, quantize_
+from shrinkformer.quantize.config import QuantizeConfig
+from shrinkformer.quantize.quantizer import quantize_
 from tests.conftest import build_model, make_batches
 from tests.test_prune_opt import call, checkpoint, read_records, write_corpora
 from tests.test_streamed import (

@@ -11,8 +11,9 @@ from shrinkformer.architectures import layer_views
 from shrinkformer.errors import InputError
 from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.stream import BlockStream
+from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.passes import BlockPasses, DensePass
-from shrinkformer.quantize.quantizer import QuantizeConfig, quantize_
+from shrinkformer.quantize.quantizer import quantize_
 from shrinkformer.quantize.sites import block_sites
 from tests.conftest import FAMILIES, build_model, make_batches
 

@@ -1,7 +1,7 @@
 """Model cards, README.md of what was saved."""
 
 from shrinkformer.prune.plan import Plan
-from shrinkformer.quantize.quantizer import Quantized
+from shrinkformer.quantize.config import Quantized
 
 
 def model_card(run_title: str, plan: Plan, source: str) -> str:

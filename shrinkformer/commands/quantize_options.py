@@ -7,7 +7,7 @@ import torch
 from shrinkformer.commands.options import DecoderOptions, EncoderOptions, option
 from shrinkformer.errors import InputError
 from shrinkformer.quantize.checkpoint import ALL_FORMATS, DEFAULT_FORMAT
-from shrinkformer.quantize.quantizer import QuantizeConfig
+from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, RECIPES
 from shrinkformer.quantize.scheme import BITS
 from shrinkformer.quantize.sites import SCOPES

@@ -27,8 +27,9 @@ from shrinkformer.prune.pruner import Pruned, timed
 from shrinkformer.prune.statistics import Progress
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.quantize.checkpoint import ONNX, load, save
+from shrinkformer.quantize.config import Quantized
 from shrinkformer.quantize.onnx_export import onnx_is_installed
-from shrinkformer.quantize.quantizer import Quantized, quantize_, require_groups
+from shrinkformer.quantize.quantizer import quantize_, require_groups
 from shrinkformer.quantize.streamed import quantize_to_folder
 from shrinkformer.utils.inputs import accepted_inputs
 

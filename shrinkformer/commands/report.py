@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shrinkformer.prune.plan import Plan
-from shrinkformer.quantize.quantizer import Quantized
+from shrinkformer.quantize.config import Quantized
 from shrinkformer.utils.files import append_atomically
 
 SCHEMA = 1

@@ -21,7 +21,8 @@ from shrinkformer.prune.streamed import SHARD_BYTES, add_tensors, block_prefix, 
 from shrinkformer.quantize.checkpoint import finish_folder
 from shrinkformer.quantize.formats import FLOAT, FORMATS
 from shrinkformer.quantize.layout import Format
-from shrinkformer.quantize.quantizer import BlockQuantizer, Quantized, QuantizeConfig
+from shrinkformer.quantize.config import Quantized, QuantizeConfig
+from shrinkformer.quantize.quantizer import BlockQuantizer
 from shrinkformer.quantize.scheme import Scheme
 
 

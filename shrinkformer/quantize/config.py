@@ -1,0 +1,90 @@
+"""What is asked of a quantizer, and what it reports."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from shrinkformer.errors import InputError
+from shrinkformer.quantize.grid import QuantizedWeight
+from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, Recipe, get_recipe
+from shrinkformer.quantize.scheme import Scheme
+from shrinkformer.quantize.sites import SCOPES
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """What :func:`quantize_` does.
+
+    Attributes:
+        bits: 8, 4, 3, 2 or 1.
+        group_size: Neighbouring inputs that share a scale; -1 for one scale per output.
+        symmetric: Store no zero points.
+        quantizer: Name of a recipe: ``shrink``, ``gptq`` (as published) or ``rtn`` (round to nearest).
+        layers: ``all`` linear layers of the blocks, or those of ``attention`` or ``ffn`` only.
+        scale_dtype: In which scales are stored.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    quantizer: str = DEFAULT_QUANTIZER
+    layers: str = "all"
+    scale_dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        _ = self.scheme, self.recipe
+        if self.layers not in SCOPES:
+            raise InputError(f"--layers {self.layers!r}: choose one of {', '.join(SCOPES)}.")
+
+    @property
+    def scheme(self) -> Scheme:
+        """How weights are stored."""
+        return Scheme(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is done to find codes."""
+        return get_recipe(self.quantizer)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear layer.
+
+    Attributes:
+        layer: Number of the block.
+        name: Path of the layer in the block.
+        error: Relative error of its output on the calibration examples, 0 to about 1.
+        nearest_error: The same for rounding to nearest.
+        damping: Of the second moments, relative to their mean diagonal.
+        trust: How far the layer was corrected for errors before it, 0 to 1, by part: of its input, of the residual.
+        seconds: Time of the solution; what is known about its input is collected for several layers at once.
+    """
+
+    layer: int
+    name: str
+    error: float
+    nearest_error: float
+    damping: float
+    trust: tuple[float, ...]
+    seconds: float
+
+
+@dataclass
+class Quantized:
+    """What :func:`quantize_` did.
+
+    Attributes:
+        weights: Integers by full path of the layer, such as ``model.decoder.layers.0.fc1``.
+        layers: One report for each of them.
+        config: What was asked for.
+        seconds: Time by step.
+    """
+
+    weights: dict[str, QuantizedWeight]
+    layers: list[LayerReport]
+    config: QuantizeConfig
+    seconds: dict[str, float] = field(default_factory=dict)
