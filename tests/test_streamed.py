@@ -131,7 +131,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         return real(self, index)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streamed, "_SHARD_BYTES", 20e3)
+        patch.setattr(streamed, "SHARD_BYTES", 20e3)
         patch.setattr(Spilled, "__getitem__", counted)
         places = ("--output_dir", str(folder / "streamed"), "--offload_dir", str(folder / "spill"))
         assert call(prune_opt.main, data_dir, *common, *SMALL, *places) == 0
