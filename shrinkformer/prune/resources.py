@@ -19,7 +19,7 @@ class BlockWeights(Protocol):
 class InMemory:
     """All weights are where they are needed."""
 
-    def resident(self, block: int) -> AbstractContextManager[object]:  # noqa: ARG002
+    def resident(self, block: int) -> AbstractContextManager[object]:
         """Nothing to do."""
         return nullcontext()
 

@@ -147,7 +147,7 @@ class _StandIn(nn.Module):
         self.hidden = torch.empty(0)
         self._gives_tuples = gives_tuples
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002  (whatever a block gets)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return (self.hidden,) if self._gives_tuples else self.hidden
 
 

@@ -98,7 +98,7 @@ def require_format(model: PreTrainedModel, format: str, weights: Mapping[str, Qu
         return
     for name, weight in weights.items():
         if format != FLOAT.name and _is_transposed(model, name):
-            raise InputError(f"{name}: no reader of --format {format} knows GPT-2's Conv1D; use --format float or onnx.")
+            raise InputError(f"{name}: readers of --format {format} know no Conv1D; use --format float or onnx.")
         FORMATS[format].require(name, weight)
     groups = {(weight.grid.scheme.bits, weight.grid.scheme.group_size) for weight in weights.values()}
     if format == DEFAULT_FORMAT and len(groups) > 1 and not all(w.grid.scheme.symmetric for w in weights.values()):

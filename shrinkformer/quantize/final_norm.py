@@ -12,9 +12,9 @@ from shrinkformer.utils.parallel import Workers
 def refit_final_norm(model: PreTrainedModel, dense: BlockStream, quantized: BlockStream, workers: Workers) -> None:
     """Scale each channel of the final norm so that it gives the dense model's, on average over the examples.
 
-    Errors of the blocks are noise to what comes behind. The best answer to a noisy input is smaller than that to a clean
-    one; a model that goes on as before is too sure of itself. In layers that are quantized the corrected target does
-    this; behind the last block only the norm can. Its weights (and bias, where it has one) are fitted channel by
+    Errors of the blocks are noise to what comes behind. The best answer to a noisy input is smaller than that to a
+    clean one; a model that goes on as before is too sure of itself. In layers that are quantized the corrected target
+    does this; behind the last block only the norm can. Its weights (and bias, where it has one) are fitted channel by
     channel, by least squares; nothing is added to the file.
 
     Args:

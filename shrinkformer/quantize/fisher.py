@@ -1,8 +1,8 @@
 """How much errors in a layer's outputs matter to what the model predicts: one backward pass, no labels.
 
-An error ``e`` in the output of a layer changes the predicted distribution by about ``e' G e / 2`` (Kullback-Leibler), where
-``G`` is the Fisher information: the second moment of gradients of the log-likelihood of answers that are drawn from the
-model's own predictions. Errors in directions that softmax, ReLU or the next layer ignore cost nothing.
+An error ``e`` in the output of a layer changes the predicted distribution by about ``e' G e / 2`` (Kullback-Leibler),
+where ``G`` is the Fisher information: the second moment of gradients of the log-likelihood of answers that are drawn
+from the model's own predictions. Errors in directions that softmax, ReLU or the next layer ignore cost nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,7 +113,8 @@ def _log_likelihood(output: Any, batch: Mapping[str, Tensor], generator: torch.G
     mask = batch["attention_mask"].bool()
     if "start_logits" in output:
         parts = (output.start_logits, output.end_logits)
-        return sum((_drawn(part.masked_fill(~mask.to(part.device), -1e4), generator) for part in parts), torch.zeros(()))
+        hidden = ~mask.to(output.start_logits.device)
+        return sum((_drawn(part.masked_fill(hidden, -1e4), generator) for part in parts), torch.zeros(()))
     if "logits" in output:
         logits = output.logits[mask] if output.logits.ndim == 3 else output.logits
         return _drawn(logits, generator) if logits.shape[-1] > 1 else _moved(logits, generator)

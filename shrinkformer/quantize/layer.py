@@ -10,7 +10,6 @@ from shrinkformer.quantize.recipe import Recipe
 from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.quantize.solver import Hessian, descend, output_error, refit_scales, round_ahead, round_following
 
-
 _LOTS, _LEAST_LOT = 8, 8
 """Outputs that are solved at once: an eighth of a layer, at least eight."""
 
@@ -61,7 +60,7 @@ def quantize_weight(
     if metric is None:
         found = _solve(weight, hessian, nearest, recipe, dtype)
     else:
-        found = _solve_in_turns(weight, hessian, nearest, recipe, dtype, metric)
+        found = _solve_in_turns(weight, hessian, nearest, recipe, dtype=dtype, metric=metric)
     return Solved(
         found, _relative_error(weight, found, hessian), _relative_error(weight, nearest, hessian), hessian.damping
     )
@@ -83,7 +82,7 @@ def _solve(
 
 
 def _solve_in_turns(
-    weight: Tensor, hessian: Hessian, nearest: QuantizedWeight, recipe: Recipe, dtype: torch.dtype, metric: Tensor
+    weight: Tensor, hessian: Hessian, nearest: QuantizedWeight, recipe: Recipe, *, dtype: torch.dtype, metric: Tensor
 ) -> QuantizedWeight:
     """Some outputs after the other: each lot makes up for the errors of those before it, as columns do in GPTQ.
 
@@ -91,7 +90,7 @@ def _solve_in_turns(
     are still solved on their own.
 
     Source:
-        Rounding with feedback along both sides of a weight: Tseng et al., YAQA, arXiv 2505.22988; lots of rows are our own.
+        Rounding with feedback along both sides of a weight: Tseng et al., YAQA, arXiv 2505.22988; lots are our own.
     """
     rows = Hessian.of(_shrunk(metric), damping=_METRIC_DAMPING)
     order, ahead, grid = rows.order, rows.ahead, nearest.grid

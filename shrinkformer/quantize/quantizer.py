@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -14,16 +14,13 @@ from shrinkformer.errors import InputError
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import BlockStream
-from shrinkformer.quantize.config import LayerReport, Quantized, QuantizeConfig
-from shrinkformer.quantize.fisher import output_metrics
+from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
 from shrinkformer.quantize.final_norm import refit_final_norm
-from shrinkformer.quantize.grid import QuantizedWeight
+from shrinkformer.quantize.fisher import output_metrics
 from shrinkformer.quantize.layer import Solved, quantize_weight
 from shrinkformer.quantize.observe import Fold, merged, observe
 from shrinkformer.quantize.passes import BlockPasses, DensePass
-from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, Recipe, get_recipe
-from shrinkformer.quantize.scheme import Scheme
-from shrinkformer.quantize.sites import SCOPES, Site, block_sites
+from shrinkformer.quantize.sites import Site, block_sites
 from shrinkformer.quantize.solver import Hessian
 from shrinkformer.quantize.target import correct
 
@@ -64,10 +61,10 @@ def quantize_(
     run.weigh_outputs(model, batches)
     names = {module: name for name, module in model.named_modules()}
     quantized = Quantized({}, [], config)
-    wanted = [None] * len(layer_views(model)) if dense is None else layer_views(dense)
-    for view, aim in zip(progress(layer_views(model)), wanted, strict=True):
-        if aim is None:
-            aim = replace(view, block=copy.deepcopy(view.block, {id(model.config): model.config}))
+    aims = None if dense is None else layer_views(dense)
+    for view in progress(layer_views(model)):
+        copied = {id(model.config): model.config}
+        aim = aims[view.index] if aims else replace(view, block=copy.deepcopy(view.block, copied))
         for path, solved, report in run.quantize(view, aim):
             quantized.weights[names[view.linear(path).module]] = solved.weight
             quantized.layers.append(report)
@@ -188,7 +185,7 @@ class BlockQuantizer:
                     second, damping=self._recipe.damping, by_activity=self._recipe.by_activity
                 )
             metric = self._metrics.pop((view.index, path), None)
-            solved, trust = self._solve_one(linear, folds, whole, prepared.get(centred), centred, metric)
+            solved, trust = self._solve_one(linear, folds, whole, prepared.get(centred), centred=centred, metric=metric)
             report = LayerReport(
                 view.index,
                 path,
@@ -206,6 +203,7 @@ class BlockQuantizer:
         folds: list[Fold] | None,
         whole: Fold | None,
         hessian: Hessian | None,
+        *,
         centred: bool,
         metric: Tensor | None,
     ) -> tuple[Solved, tuple[float, ...]]:
@@ -225,5 +223,3 @@ class BlockQuantizer:
             linear.bias.copy_((linear.bias.double() + shift + gained).to(linear.bias.dtype))
         linear.weight.copy_(weight.to(linear.weight.dtype))
         return solved, trust
-
-

@@ -18,7 +18,7 @@ class Recipe:
         static: Fit all grids beforehand; otherwise each when its first column is due, to what it has become by then.
         rounds: Of refitted scales and coordinate descent, after rounding.
         sweeps: Of coordinate descent in one round, at most.
-        sequential: Every layer sees inputs from quantized layers of its own block too; otherwise of earlier blocks only.
+        sequential: Every layer sees inputs from quantized layers of its own block too; otherwise of earlier blocks.
         correct: Aim at the dense model's outputs given the quantized model's inputs, and let biases take up means.
         output_aware: Weigh errors by what they do to the model's predictions, and let later outputs of a layer make up
             for the errors of earlier ones; needs the whole model in memory, otherwise it is left out.

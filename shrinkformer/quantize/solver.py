@@ -90,7 +90,7 @@ def round_ahead(weight: Tensor, hessian: Hessian, grid: Grid) -> Tensor:
 
 
 def _round_columns(weight: Tensor, hessian: Hessian, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Codes, and the error that each column leaves to those behind it, ``(outputs, inputs)`` in the order of rounding."""
+    """Codes, and the error that each column leaves to those behind it, both ``(outputs, inputs)``."""
     order, ahead, highest = hessian.order, hessian.ahead, grid.scheme.highest
     scales, zeros = (entry[:, order].T.contiguous() for entry in grid.columns)
     left = weight.to(ahead.dtype)[:, order].T.contiguous()  # (inputs, outputs): a column is contiguous
@@ -131,12 +131,16 @@ def round_following(
     for start in range(0, inputs, width):
         stop = min(start + width, inputs)
         grid = fit_grid(left[:, start:stop], scheme, dtype=dtype, search=search)
-        own = Hessian(hessian.damped, torch.arange(stop - start), hessian.ahead[start:stop, start:stop], hessian.damping)
+        ahead, order = hessian.ahead[start:stop, start:stop], torch.arange(stop - start, device=left.device)
+        own = Hessian(hessian.damped, order, ahead, hessian.damping)
         codes, errors = _round_columns(left[:, start:stop], own, grid)
         left[:, stop:] -= errors @ hessian.ahead[start:stop, stop:]
         parts.append(QuantizedWeight(codes, grid))
     grid = Grid(
-        scheme, torch.cat([part.grid.scale for part in parts], 1), torch.cat([part.grid.zero for part in parts], 1), inputs
+        scheme,
+        torch.cat([part.grid.scale for part in parts], 1),
+        torch.cat([part.grid.zero for part in parts], 1),
+        inputs,
     )
     return QuantizedWeight(torch.cat([part.codes for part in parts], 1), grid)
 

@@ -19,9 +19,9 @@ from shrinkformer.prune.shards import ShardWriter
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.streamed import SHARD_BYTES, add_tensors, block_prefix, outside_blocks
 from shrinkformer.quantize.checkpoint import finish_folder
+from shrinkformer.quantize.config import QuantizeConfig, Quantized
 from shrinkformer.quantize.formats import FLOAT, FORMATS
 from shrinkformer.quantize.layout import Format
-from shrinkformer.quantize.config import Quantized, QuantizeConfig
 from shrinkformer.quantize.quantizer import BlockQuantizer
 from shrinkformer.quantize.scheme import Scheme
 
@@ -117,13 +117,11 @@ def quantize_to_folder(
             assert where is not None
             finish_folder(where, model, own, sink.format, sink.schemes, plan=plan, tokenizer=tokenizer, dtype=dtype)
         for name, tensor in outside_blocks(model, prefix).items():
-            tensor.copy_(before[name])  # the norm behind the blocks was fitted; other budgets start from the dense model
+            tensor.copy_(before[name])  # the last norm was fitted; other budgets start from the dense model
     return found, plan
 
 
-def _sinks(
-    model: PreTrainedModel, folder: Path, decoded: Path | None, format: str, dtype: torch.dtype
-) -> list[_Sink]:
+def _sinks(model: PreTrainedModel, folder: Path, decoded: Path | None, format: str, dtype: torch.dtype) -> list[_Sink]:
     sinks = [_Sink(model, ShardWriter(folder, SHARD_BYTES), FORMATS[format], dtype)]
     if decoded is not None:
         sinks.append(_Sink(model, ShardWriter(decoded, SHARD_BYTES), FLOAT, dtype))

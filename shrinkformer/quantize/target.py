@@ -1,9 +1,9 @@
 """What a layer should become, so that the quantized model's inputs give the dense model's outputs.
 
 With inputs ``x`` of the quantized model, and ``s`` for what the layer's output lacks (the dense layer on its own input
-minus this one on ``x``; where the layer ends a sublayer, also what the residual stream has lost so far), the best linear
-answer is ``W + E[s x'] E[x x']^-1``. From few tokens that fits their noise as well, so each part of it is followed as
-far as it holds on examples that it was not fitted on.
+minus this one on ``x``; where the layer ends a sublayer, also what the residual stream has lost so far), the best
+linear answer is ``W + E[s x'] E[x x']^-1``. From few tokens that fits their noise as well, so each part of it is
+followed as far as it holds on examples that it was not fitted on.
 """
 
 from collections.abc import Sequence
