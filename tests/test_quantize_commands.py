@@ -89,6 +89,27 @@ class TestDecoder:
             assert ours.keys() == theirs.keys()
         assert not list(Path("out1").rglob("decoded.*"))
 
+    def test_gpt2_passes_block_by_block_too(self, inside: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        checkpoint(inside / "mine", "gpt2")
+        arguments = ("--bits", "4", "--group_size", "8", "--quantizer", "gptq", "--format", "float")
+        for index, memory in enumerate(((), SMALL)):
+            assert quantize(data, *arguments, *memory, "--output_dir", f"out{index}") == 0
+        whole, streamed = (
+            shrinkformer.load(Path(read_records(Path(f"out{index}"))[0]["save_dir"])).state_dict() for index in range(2)
+        )
+        for name, tensor in whole.items():
+            torch.testing.assert_close(tensor, streamed[name])
+        capsys.readouterr()
+        assert quantize(data, *arguments[:4], *SMALL) == 2
+        assert "know no Conv1D" in capsys.readouterr().err
+
+    def test_several_formats_are_written_from_memory(
+        self, inside: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        formats = ("--format", "float", "compressed-tensors")
+        assert quantize(data, "--group_size", "8", *formats, *SMALL) == 2
+        assert "--max_memory: several values of --format are written from memory" in capsys.readouterr().err
+
     def test_what_was_quantized_is_evaluated_but_not_quantized_again(
         self, inside: Path, data: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

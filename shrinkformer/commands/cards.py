@@ -43,8 +43,6 @@ _LOADING = {
 def quantized_card(title: str, found: Quantized, plan: Plan | None, source: str, kind: str) -> str:
     """README.md of a quantized checkpoint."""
     config = found.config
-    grid = "symmetric" if config.symmetric else "with zero points"
-    group = "one scale per output" if config.group_size < 0 else f"groups of {config.group_size}"
     pruned = "" if plan is None else f" after pruning to {plan.ratio:.4f} of its MACs (method `{plan.method}`)"
     trust = "" if plan is None else ", trust_remote_code=True"
     if kind == "onnx":
@@ -60,7 +58,7 @@ tags: [shrinkformer, quantized]
 ---
 # {title}
 
-`{source}`, quantized by shrinkformer to {config.bits} bits without retraining{pruned}: {group}, {grid}, layers
+`{source}`, quantized by shrinkformer to {config.bits} bits without retraining{pruned}: {config.storage}, layers
 `{config.layers}`, quantizer `{config.quantizer}`, format `{kind}`.
 
 ```python

@@ -14,13 +14,11 @@ from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.report import Measured, Run
 from shrinkformer.commands.session import Job, Session, measure, run_job
 from shrinkformer.efficiency.latency import measure_latency
-from shrinkformer.efficiency.size import peak_memory_bytes
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import timed
-from shrinkformer.prune.stream import count_tokens
 from shrinkformer.prune.streamed import prune_to_folder
 from shrinkformer.utils.inputs import accepted_inputs
 
@@ -45,32 +43,10 @@ def prune_once(session: Session, budget: Budget) -> Run:
     dense, pruned, plan, folder = session.dense, None, None, None
     if session.calibrated is not None and budget.mu < 1:
         job.say(f"pruning to mu {budget.mu:g} by {options.method}")
-        folder = _target(job, options, budget)
+        folder = session.target(budget, f"{job.folder}-mu{budget.mu:g}")
         step = _prune_lazily if session.lazily else _prune_in_memory
         dense, pruned, plan = step(session, budget, folder, seconds)
-    seconds["total"] = sum(seconds.values())
-    return Run(
-        task_name=job.task_name,
-        model_name=job.source.name,
-        method=options.method,
-        mu=budget.mu,
-        seed=options.seed,
-        sample_batch_size=options.sample_batch_size,
-        calibration_tokens=count_tokens(job.batches),
-        device=job.device,
-        dense=dense,
-        pruned=pruned,
-        plan=plan,
-        save_dir=folder,
-        seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(job.device),
-    )
-
-
-def _target(job: Job, options: PruneOptions, budget: Budget) -> Path:
-    if options.save_dir is None:
-        return options.output_dir / f"{job.folder}-mu{budget.mu:g}"
-    return options.save_dir if len(options.mu) == 1 else options.save_dir / f"mu{budget.mu:g}"
+    return session.run(budget, seconds, dense=dense, pruned=pruned, plan=plan, save_dir=folder)
 
 
 def _prune_in_memory(

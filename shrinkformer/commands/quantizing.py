@@ -18,14 +18,12 @@ from shrinkformer.commands.quantize_options import QuantizeOptions
 from shrinkformer.commands.report import Measured, Run
 from shrinkformer.commands.session import Job, Session, measure, run_job
 from shrinkformer.efficiency.latency import measure_latency
-from shrinkformer.efficiency.size import peak_memory_bytes
 from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import Pruned, timed
 from shrinkformer.prune.statistics import Progress
-from shrinkformer.prune.stream import count_tokens
 from shrinkformer.quantize.checkpoint import ONNX, load, save
 from shrinkformer.quantize.config import Quantized
 from shrinkformer.quantize.onnx_export import onnx_is_installed
@@ -64,31 +62,24 @@ def run_quantizing(job: Job, options: QuantizeOptions, seconds: dict[str, float]
         if not onnx_is_installed():
             raise InputError('--format onnx needs onnx, onnxscript, onnxruntime: pip install "shrinkformer[export]"')
         job = replace(job, whole=job.whole or "--format onnx exports the whole model")
+    if len(options.format) > 1:
+        job = replace(job, whole=job.whole or "several values of --format are written from memory")
     require_groups(empty_model(job.source, job.chosen), options.quantization(job.source.dtype))
     run_job(job, options, seconds, quantize_once)
 
 
 def quantize_once(session: Session, budget: Budget) -> Run:
     """Prune to one budget, quantize and measure; the checkpoint is on disk before anything is measured."""
-    job, options, seconds = session.job, session.options, dict(session.seconds)
+    seconds = dict(session.seconds)
     found = (_quantize_lazily if session.lazily else _quantize_in_memory)(session, budget, seconds)
-    seconds["total"] = sum(seconds.values())
     latency = found.latency
-    return Run(
-        task_name=job.task_name,
-        model_name=job.source.name,
-        method=options.method,
-        mu=budget.mu,
-        seed=options.seed,
-        sample_batch_size=options.sample_batch_size,
-        calibration_tokens=count_tokens(job.batches),
-        device=job.device,
+    return session.run(
+        budget,
+        seconds,
         dense=replace(session.dense, latency_ms=latency.get("dense", {})),
         pruned=None if found.pruned is None else replace(found.pruned, latency_ms=latency.get("pruned", {})),
         plan=found.plan,
         save_dir=found.folder,
-        seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(job.device),
         quantized=replace(found.quantized, latency_ms=latency.get("quantized", {})),
         quantization=found.quantization,
     )
@@ -122,7 +113,7 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
     assert offload is not None
     offload.directory.mkdir(parents=True, exist_ok=True)
     pruning = None if session.calibrated is None or budget.mu == 1 else (session.calibrated, budget)
-    (kind, folder), *_ = _targets(job, options, budget).items()
+    (kind, folder), *_ = _targets(session, budget).items()
     aware = options.quantization(job.source.dtype).recipe.output_aware
     without = "; errors are not weighed by their effect, which takes the whole model in memory" if aware else ""
     job.say(f"quantizing to {options.bits} bits by {options.quantizer}, block by block{without}")
@@ -188,7 +179,7 @@ def _save(session: Session, budget: Budget, model: PreTrainedModel, pruned: Prun
     if plan is not None:
         describe_sizes(model, plan)
     _round_the_rest(model, found, job.source.dtype)
-    folders = _targets(job, options, budget)
+    folders = _targets(session, budget)
     for kind, folder in folders.items():
         if job.workers.is_main:
             example = {name: value[:2].clone() for name, value in job.batches[0].items()}
@@ -215,12 +206,12 @@ def _round_the_rest(model: PreTrainedModel, found: Quantized, dtype: torch.dtype
     round_weights(model, dtype, but=quantized)
 
 
-def _targets(job: Job, options: QuantizeOptions, budget: Budget) -> Mapping[str, Path]:
+def _targets(session: Session, budget: Budget) -> Mapping[str, Path]:
+    """The folder of every format."""
+    job, options = session.job, _options(session)
     name = f"w{options.bits}" + (f"g{options.group_size}" if options.group_size > 0 else "")
     stem = f"{job.folder}-mu{budget.mu:g}-{name}" if budget.mu < 1 else f"{job.folder}-{name}"
-    base = options.output_dir / stem
-    if options.save_dir is not None:
-        base = options.save_dir if len(options.mu) == 1 else options.save_dir / f"mu{budget.mu:g}"
+    base = session.target(budget, stem)
     first, *others = options.format
     return {first: base, **{kind: base.with_name(f"{base.name}-{kind}") for kind in others}}
 
@@ -235,7 +226,7 @@ def _require_equal_outputs(job: Job, model: PreTrainedModel, folder: Path, kind:
         job.say(f"saved to {folder}; ONNX Runtime gives equal outputs to 1e-4")
         return
     batch = accepted_inputs(model, {name: value[:4] for name, value in job.batches[0].items()})
-    reloaded: Any = load(folder, dtype=job.dtype) if kind != "float" else _load_float(job, folder)
+    reloaded: Any = load(folder, dtype=job.dtype)
     with torch.inference_mode():
         ours, theirs = model(**batch)[0], reloaded.to(job.device).eval()(**batch)[0]
     tolerance = _FLOAT_TOLERANCE * float(ours.abs().max()) if kind == "float" else 0.0
@@ -243,14 +234,6 @@ def _require_equal_outputs(job: Job, model: PreTrainedModel, folder: Path, kind:
         raise CheckpointError(f"{folder}: the reloaded model gives other outputs; please report this.")
     same = "about equal outputs, as decoded weights are rounded" if kind == "float" else "equal outputs"
     job.say(f"saved to {folder}; reloaded, it gives {same}")
-
-
-def _load_float(job: Job, folder: Path) -> PreTrainedModel:
-    """A folder of ordinary weights: pruned, or of stock shape."""
-    if getattr(job.source.config, "shrinkformer", None) or (folder / "pruned_modeling.py").exists():
-        return load(folder, dtype=job.dtype)
-    model: PreTrainedModel = job.chosen.from_pretrained(folder, dtype=job.dtype)
-    return model
 
 
 def _latency(session: Session, pruned: Pruned | None, model: PreTrainedModel) -> dict[str, dict[str, float]]:

@@ -175,10 +175,8 @@ def _quantized_section(figures: Measured, found: Quantized) -> dict[str, Any]:
 
 def _quantized_lines(found: Quantized) -> list[str]:
     config = found.config
-    grid = "symmetric" if config.symmetric else "with zero points"
-    group = "one scale per output" if config.group_size < 0 else f"groups of {config.group_size}"
     lines = [
-        f"  {config.bits} bits, {group}, {grid}, by {config.quantizer}; relative error of each layer's output",
+        f"  {config.bits} bits, {config.storage}, by {config.quantizer}; relative error of each layer's output",
         f"  {'layer':>5}  {'name':32}{'error':>9}{'nearest':>9}{'damping':>9}{'trust':>12}{'seconds':>9}",
     ]
     return lines + [

@@ -17,7 +17,7 @@ from shrinkformer.commands.memory import GIB, Footprint, available_bytes
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.report import Measured, Run, write_report
 from shrinkformer.efficiency.macs import model_macs
-from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, folder_bytes
+from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, folder_bytes, peak_memory_bytes
 from shrinkformer.errors import InputError
 from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.hidden import Offload
@@ -89,6 +89,30 @@ class Session:
     def lazily(self) -> bool:
         """Whether the model passes block by block."""
         return self.resources.offload is not None
+
+    def target(self, budget: Budget, name: str) -> Path:
+        """Where the checkpoint for a budget goes: ``name`` below the output folder, unless the user gave a place."""
+        options = self.options
+        if options.save_dir is None:
+            return options.output_dir / name
+        return options.save_dir if len(options.mu) == 1 else options.save_dir / f"mu{budget.mu:g}"
+
+    def run(self, budget: Budget, seconds: dict[str, float], **found: Any) -> Run:
+        """The report on one budget: what was asked for, beside what a step found."""
+        job, options = self.job, self.options
+        return Run(
+            task_name=job.task_name,
+            model_name=job.source.name,
+            method=options.method,
+            mu=budget.mu,
+            seed=options.seed,
+            sample_batch_size=options.sample_batch_size,
+            calibration_tokens=count_tokens(job.batches),
+            device=job.device,
+            seconds=seconds | {"total": sum(seconds.values())},
+            peak_memory_bytes=peak_memory_bytes(job.device),
+            **found,
+        )
 
 
 Step = Callable[[Session, Budget], Run]

@@ -194,8 +194,7 @@ def _inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
 def _observed(observers: Mapping[nn.Module, Observer], mask: Tensor) -> Iterator[None]:
     def hook_for(observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = args[0]
-            observer(rows.reshape(*mask.shape, rows.shape[-1])[mask])  # OPT flattens examples and positions
+            observer(token_rows(args[0], mask))
 
         return hook
 
@@ -205,6 +204,11 @@ def _observed(observers: Mapping[nn.Module, Observer], mask: Tensor) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+
+
+def token_rows(tensor: Tensor, mask: Tensor) -> Tensor:
+    """The tokens among what a layer saw, ``(tokens, features)``; OPT flattens examples and positions."""
+    return tensor.reshape(*mask.shape, tensor.shape[-1])[mask]
 
 
 def count_tokens(batches: Iterable[Mapping[str, Tensor]]) -> int:

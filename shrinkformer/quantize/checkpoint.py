@@ -12,13 +12,13 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.prune import checkpoint, pruned_modeling
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.shards import ShardWriter
+from shrinkformer.prune.streamed import add_tensors
 from shrinkformer.quantize.formats import FLOAT, FORMATS
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layout import Format
@@ -115,18 +115,38 @@ def _write(
     format: Format,
     dtype: torch.dtype,
 ) -> None:
-    """Weights and configuration."""
     writer = ShardWriter(folder)
     tied = getattr(model, "all_tied_weights_keys", {})
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    add_weights(writer, model, state, weights, format=format, dtype=dtype)
+    writer.finish()
+
+
+def add_weights(
+    writer: ShardWriter,
+    model: PreTrainedModel,
+    state: Mapping[str, Tensor],
+    weights: Mapping[str, QuantizedWeight],
+    *,
+    format: Format,
+    dtype: torch.dtype,
+) -> None:
+    """Write tensors, with integers in place of the weights that are quantized.
+
+    Args:
+        writer: Takes them.
+        model: For the kind of its layers and for the names in files; it needs no weights.
+        state: All tensors by their names in the model.
+        weights: Integers by path of the layer; each of these has its ``.weight`` in ``state``.
+        format: Of the integers.
+        dtype: Of scales and of everything that is not quantized.
+    """
     plain = {name: tensor for name, tensor in state.items() if name.removesuffix(".weight") not in weights}
-    for name, tensor in revert_weight_conversion(model, plain).items():
-        writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    add_tensors(writer, model, plain, dtype)
     for name, weight in weights.items():
         for stored, tensor in format.tensors(name, weight, dtype).items():
             transposed = stored.endswith(".weight") and _is_transposed(model, name)
             writer.add(stored, tensor.T.contiguous() if transposed else tensor)
-    writer.finish()
 
 
 def finish_folder(
@@ -194,16 +214,19 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     path = Path(directory)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; pass the folder that a run wrote.")
-    section = json.loads((path / "config.json").read_text()).get("quantization_config")
-    if section is None:
-        return checkpoint.load(path, **kwargs)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    del config.quantization_config
+    section = getattr(config, "quantization_config", None)
+    pruned = bool(getattr(config, "shrinkformer", None))
+    if section is None and (pruned or not (path / checkpoint.PLAN_FILE).exists()):
+        return checkpoint.load(path, **kwargs)
     name = (config.architectures or ["nothing"])[0]
-    module = pruned_modeling if getattr(config, "shrinkformer", None) else transformers
-    chosen = getattr(module, name, None)
+    chosen = getattr(pruned_modeling if pruned else transformers, name, None)
     if chosen is None:
         raise CheckpointError(f"{path}: config.json names {name!r}, which is no model of transformers.")
+    if section is None:  # decoded weights in a folder of stock shape
+        plain: PreTrainedModel = chosen.from_pretrained(path, **kwargs)
+        return plain
+    del config.quantization_config
     dtype = kwargs.pop("dtype", None) or config.dtype or torch.float32
     state = read_quantized_state_dict(path, section, dtype)
     model: PreTrainedModel = chosen.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)

@@ -45,6 +45,12 @@ class QuantizeConfig:
         return Scheme(self.bits, self.group_size, self.symmetric)
 
     @property
+    def storage(self) -> str:
+        """Groups and kind of grid, in words."""
+        group = "one scale per output" if self.group_size < 0 else f"groups of {self.group_size}"
+        return f"{group}, {'symmetric' if self.symmetric else 'with zero points'}"
+
+    @property
     def recipe(self) -> Recipe:
         """What is done to find codes."""
         return get_recipe(self.quantizer)

@@ -1,11 +1,19 @@
 """The norm behind the last block of a pre-norm model, fitted to what the quantized blocks hand on."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.utils.parallel import Workers
+
+
+def final_norm(model: PreTrainedModel) -> Any:
+    """The norm behind the last block; None where blocks end in norms of their own."""
+    path = layer_views(model)[0].architecture.final_norm
+    return model.base_model.get_submodule(path) if path else None
 
 
 @torch.no_grad()
@@ -23,10 +31,9 @@ def refit_final_norm(model: PreTrainedModel, dense: BlockStream, quantized: Bloc
         quantized: The same of the quantized model.
         workers: Share the examples.
     """
-    path = layer_views(model)[0].architecture.final_norm
-    if not path:
+    norm = final_norm(model)
+    if norm is None:
         return
-    norm = model.base_model.get_submodule(path)
     bias = getattr(norm, "bias", None)
     sums = torch.zeros(5, len(norm.weight), dtype=torch.float64, device=norm.weight.device)
     for index in range(len(dense)):

@@ -98,17 +98,15 @@ def _solve_in_turns(
     size = max(_LEAST_LOT, -(-len(weight) // _LOTS))
     for start in range(0, len(weight), size):
         lot = slice(start, start + size)
-        own = QuantizedWeight(nearest.codes[order[lot]], grid.some(order[lot]))
-        found = _solve(left[lot], hessian, QuantizedWeight(own.grid.encode(left[lot]), own.grid), recipe, dtype)
+        own = grid.some(order[lot])
+        found = _solve(left[lot], hessian, QuantizedWeight(own.encode(left[lot]), own), recipe, dtype)
         codes[lot], scale[lot] = found.codes, found.grid.scale
         errors = torch.linalg.solve_triangular(ahead[lot, lot].T, left[lot] - found.decode(), upper=False)
         left[start + size :] -= ahead[lot, start + size :].T @ errors
     back = torch.argsort(order)
     solved = QuantizedWeight(codes[back], replace(grid, scale=scale[back]))
-    costs = [
-        float((metric @ (weight - some.decode()) @ hessian.damped * (weight - some.decode())).sum())
-        for some in (solved, nearest)
-    ]
+    lost = [weight - some.decode() for some in (solved, nearest)]
+    costs = [float((metric @ some @ hessian.damped * some).sum()) for some in lost]
     return solved if costs[0] <= costs[1] else nearest
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from shrinkformer.architectures import LayerView
 from shrinkformer.prune.hidden import HiddenStates, Offload, hidden_states
-from shrinkformer.prune.stream import BlockStream
+from shrinkformer.prune.stream import BlockStream, token_rows
 from shrinkformer.quantize.sites import Site
 
 
@@ -74,9 +74,8 @@ class BlockPasses:
         self._known: set[int] = set()
 
     def rows(self, tensor: Tensor, index: int) -> Tensor:
-        """The tokens among what a layer saw, ``(tokens, features)``; OPT has flattened examples and positions."""
-        mask = self.stream.mask(index)
-        return tensor.reshape(*mask.shape, tensor.shape[-1])[mask]
+        """The tokens among what a layer saw, ``(tokens, features)``."""
+        return token_rows(tensor, self.stream.mask(index))
 
     def inputs(self, path: str, index: int) -> Tensor:
         """Rows of the input of a layer."""
@@ -98,13 +97,15 @@ class BlockPasses:
         modules = {path: linear.module, middle: self.view.linear(middle).module}
         with self._attention(index), watched(modules) as seen:
             output = self.stream.call(self.view.block, index)
-        return self.rows(seen.inputs[path], index), *self._ends(seen, site, output, index)
+        return self.rows(seen.inputs[path], index), *self.split(seen, site, output, index)
 
-    def _ends(self, seen: Seen, site: Site, output: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Rows of the output, without bias, of the layer that ends the block, and of the residual beside it."""
+    def split(self, seen: Seen, site: Site, output: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Of a layer that ends a sublayer, in a finished pass: rows of its output without bias, and of the residual."""
         path, bias = site.paths[0], self.view.linear(site.paths[0]).bias
         made = self.rows(seen.outputs[path], index)
-        if self.view.architecture.pre_norm:
+        if site.residual == "input":
+            residual = self.rows(self.stream.hidden(index), index)
+        elif self.view.architecture.pre_norm:
             residual = self.rows(output, index) - made
         else:  # a norm stands behind the sum, and what goes into the sublayer is what is added to its output
             residual = self.rows(seen.inputs[self.view.architecture.feed_forward.inputs[0]], index)
@@ -178,8 +179,4 @@ def _wanted(passes: BlockPasses, site: Site, seen: Seen, output: Tensor, index: 
     path = site.paths[0]
     if not site.residual:
         return (passes.rows(seen.inputs[path], index),)
-    if site.residual == "inner":
-        return passes._ends(seen, site, output, index)
-    made, bias = passes.rows(seen.outputs[path], index), passes.view.linear(path).bias
-    residual = passes.rows(passes.stream.hidden(index), index)
-    return (made if bias is None else made - bias), residual
+    return passes.split(seen, site, output, index)

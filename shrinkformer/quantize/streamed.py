@@ -18,8 +18,9 @@ from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.shards import ShardWriter
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.streamed import SHARD_BYTES, add_tensors, block_prefix, outside_blocks
-from shrinkformer.quantize.checkpoint import finish_folder
+from shrinkformer.quantize.checkpoint import add_weights, finish_folder, require_format
 from shrinkformer.quantize.config import QuantizeConfig, Quantized
+from shrinkformer.quantize.final_norm import final_norm
 from shrinkformer.quantize.formats import FLOAT, FORMATS
 from shrinkformer.quantize.layout import Format
 from shrinkformer.quantize.quantizer import BlockQuantizer
@@ -37,16 +38,10 @@ class _Sink:
     schemes: dict[str, Scheme] = field(default_factory=dict)
 
     def take(self, view: LayerView, prefix: str, found: Quantized) -> None:
-        """A finished block; its integers are in ``found``."""
-        start = f"{prefix}{view.index}."
-        own = {name: weight for name, weight in found.weights.items() if name.startswith(start)}
-        plain = view.block.state_dict(prefix=start)
-        for name, weight in own.items():
-            plain.pop(f"{name}.weight")
-            self.schemes[name] = weight.grid.scheme
-            for stored, tensor in self.format.tensors(name, weight, self.dtype).items():
-                self.writer.add(stored, tensor)
-        add_tensors(self.writer, self.model, plain, self.dtype)
+        """A finished block; ``found`` has its integers and no others."""
+        state = view.block.state_dict(prefix=f"{prefix}{view.index}.")
+        add_weights(self.writer, self.model, state, found.weights, format=self.format, dtype=self.dtype)
+        self.schemes |= {name: weight.grid.scheme for name, weight in found.weights.items()}
 
 
 @torch.no_grad()
@@ -101,23 +96,24 @@ def quantize_to_folder(
         for view in progress(blocks):
             with resources.weights.resident(view.index):
                 for path, solved, report in run.quantize(view, layer_views(model)[view.index]):
-                    FORMATS[format].require(f"{prefix}{view.index}.{path}", solved.weight)
                     found.weights[f"{prefix}{view.index}.{path}"] = solved.weight
                     found.layers.append(report)
+            require_format(model, format, found.weights)
             for sink in sinks:
                 sink.take(view, prefix, found)
             found.weights.clear()
-        before = {name: tensor.clone() for name, tensor in outside_blocks(model, prefix).items()}
+        norm = final_norm(model)
+        before = None if norm is None else copy.deepcopy(norm.state_dict())
         run.finish(model)
-        plan = _plan(pruning, layers, own, model, dtype)
+        plan = _plan(pruning, layers, own, model)
         for sink in sinks:
             add_tensors(sink.writer, model, outside_blocks(model, prefix), dtype)
             sink.writer.finish()
             where = folder if sink is sinks[0] else decoded
             assert where is not None
             finish_folder(where, model, own, sink.format, sink.schemes, plan=plan, tokenizer=tokenizer, dtype=dtype)
-        for name, tensor in outside_blocks(model, prefix).items():
-            tensor.copy_(before[name])  # the last norm was fitted; other budgets start from the dense model
+        if norm is not None and before is not None:  # it was fitted; other budgets start from the dense model
+            norm.load_state_dict(before)
     return found, plan
 
 
@@ -153,16 +149,13 @@ def _plan(
     layers: list[LayerPlan],
     config: PreTrainedConfig,
     model: PreTrainedModel,
-    dtype: torch.dtype,
 ) -> Plan | None:
     """What was kept, also written into the configuration."""
-    own = config
-    own.dtype = dtype
     if pruning is None:
         return None
     calibrated, budget = pruning
     counts = calibrated.allocate(budget)
     plan = calibrated.plan(budget, counts, layers)
     sizes = list(zip(counts.heads, counts.neurons, strict=True))
-    describe(own, sizes, layer_views(model)[0].head_size, plan)
+    describe(config, sizes, layer_views(model)[0].head_size, plan)
     return plan
