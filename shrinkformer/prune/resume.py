@@ -1,4 +1,4 @@
-"""Finished blocks of a calibration on disk, so that a crash or a kill costs one block at most."""
+"""Finished blocks on disk, so that a crash or a kill costs one block at most."""
 
 import hashlib
 import os
@@ -45,8 +45,8 @@ def _add(digest: "hashlib.blake2b", name: str, tensor: Tensor) -> None:
     digest.update(raw.numpy().data)
 
 
-class BlockStore:
-    """The moments of finished blocks, one file each.
+class BlockFiles:
+    """What is known about finished blocks, one file each.
 
     Args:
         folder: Where the files are.
@@ -65,44 +65,59 @@ class BlockStore:
         for file in sorted(folder.glob("block*.safetensors")):
             if _read_key(file) != key:
                 raise InputError(
-                    f"--resume: {file} was computed from other weights or calibration examples; "
+                    f"--resume: {file} was computed from other weights, calibration examples or options; "
                     "repeat the earlier command exactly, or leave --resume out to start anew."
                 )
 
     def holds(self, block: int) -> bool:
-        """Whether the moments of a block are there."""
+        """Whether a block is finished."""
         return self._file(block).exists()
-
-    def read(self, block: int, device: torch.device) -> dict[str, Moments] | None:
-        """Moments of a finished block by sublayer, on a device, or None."""
-        file = self._file(block)
-        if not self.holds(block):
-            return None
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
-            states: dict[str, dict[str, Tensor]] = {}
-            for name in tensors.keys():  # noqa: SIM118  (not a dictionary)
-                sublayer, entry = name.split(".")
-                states.setdefault(sublayer, {})[entry] = tensors.get_tensor(name)
-        return {sublayer: Moments.from_state_dict(state) for sublayer, state in states.items()}
-
-    def write(self, block: int, moments: Mapping[str, Moments]) -> None:
-        """Keep the moments of a block; the file appears whole or not at all."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{sublayer}.{entry}": tensor.cpu().contiguous()
-            for sublayer, state in moments.items()
-            for entry, tensor in state.state_dict().items()
-        }
-        temporary = self._file(block).with_suffix(".partial")
-        save_file(tensors, temporary, metadata={"fingerprint": self._key})
-        os.replace(temporary, self._file(block))
 
     def clear(self) -> None:
         """Forget everything, at the end of a run."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _load(self, block: int, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
+        with safe_open(self._file(block), framework="pt", device=str(device)) as file:
+            # not a dictionary
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+
+    def _save(self, block: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        """Keep a block; the file appears whole or not at all."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._file(block).with_suffix(".partial")
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary, metadata={"fingerprint": self._key, **(metadata or {})})
+        os.replace(temporary, self._file(block))
+
     def _file(self, block: int) -> Path:
         return self._folder / f"block{block:04d}.safetensors"
+
+
+class BlockStore(BlockFiles):
+    """The moments of finished blocks."""
+
+    def read(self, block: int, device: torch.device) -> dict[str, Moments] | None:
+        """Moments of a finished block by sublayer, on a device, or None."""
+        if not self.holds(block):
+            return None
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self._load(block, device)[0].items():
+            sublayer, entry = name.split(".")
+            states.setdefault(sublayer, {})[entry] = tensor
+        return {sublayer: Moments.from_state_dict(state) for sublayer, state in states.items()}
+
+    def write(self, block: int, moments: Mapping[str, Moments]) -> None:
+        """Keep the moments of a block."""
+        self._save(
+            block,
+            {
+                f"{sublayer}.{entry}": tensor
+                for sublayer, state in moments.items()
+                for entry, tensor in state.state_dict().items()
+            },
+        )
 
 
 def _read_key(file: Path) -> str | None:

@@ -208,6 +208,8 @@ def _observed(observers: Mapping[nn.Module, Observer], mask: Tensor) -> Iterator
 
 def token_rows(tensor: Tensor, mask: Tensor) -> Tensor:
     """The tokens among what a layer saw, ``(tokens, features)``; OPT flattens examples and positions."""
+    if mask.all():  # spares a copy
+        return tensor.reshape(-1, tensor.shape[-1])
     return tensor.reshape(*mask.shape, tensor.shape[-1])[mask]
 
 

@@ -1,6 +1,7 @@
-"""One weight, from what is known about its input to codes."""
+"""The weights of layers with one input, from what is known about its input to codes."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,28 +43,48 @@ def quantize_weight(
     dtype: torch.dtype,
     metric: Tensor | None = None,
 ) -> Solved:
-    """Find codes for a weight; never worse than its nearest codes on a searched grid, by its own measure.
+    """The same as :func:`quantize_weights` for one layer."""
+    metrics = None if metric is None else [metric]
+    return quantize_weights([weight], hessian, scheme, recipe, dtype=dtype, metrics=metrics)[0]
+
+
+def quantize_weights(
+    weights: Sequence[Tensor],
+    hessian: Hessian | None,
+    scheme: Scheme,
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype,
+    metrics: Sequence[Tensor] | None = None,
+) -> list[Solved]:
+    """Find codes for layers with one input; never worse than nearest codes on a searched grid, by their own measure.
+
+    Rows are independent of each other, so the layers are solved as if they were one.
 
     Args:
-        weight: What the codes should stand for, ``(outputs, inputs)``.
+        weights: What the codes should stand for, ``(outputs, inputs)`` each.
         hessian: Second moments of the input; None where the recipe does not look at them.
-        scheme: How the weight is stored.
+        scheme: How the weights are stored.
         recipe: What is done.
         dtype: Of the stored scales.
-        metric: How much errors of the outputs matter, ``(outputs, outputs)``; None where all count the same.
+        metrics: How much errors of the outputs matter, ``(outputs, outputs)`` each; None where all count the same.
     """
-    weight = weight.float()
-    grid = fit_grid(weight, scheme, dtype=dtype, search=recipe.search)
-    nearest = QuantizedWeight(grid.encode(weight), grid)
+    sizes = [len(weight) for weight in weights]
+    stacked = torch.cat([weight.float() for weight in weights])
+    grid = fit_grid(stacked, scheme, dtype=dtype, search=recipe.search)
+    nearest = QuantizedWeight(grid.encode(stacked), grid)
     if hessian is None:
-        return Solved(nearest, error := _relative_error(weight, nearest, None), error, 0.0)
-    if metric is None:
-        found = _solve(weight, hessian, nearest, recipe, dtype)
+        found = nearest
+    elif metrics is None:
+        found = _solve(stacked, hessian, nearest, recipe, dtype)
     else:
-        found = _solve_in_turns(weight, hessian, nearest, recipe, dtype=dtype, metric=metric)
-    return Solved(
-        found, _relative_error(weight, found, hessian), _relative_error(weight, nearest, hessian), hessian.damping
-    )
+        found = _solve_in_turns(stacked, hessian, nearest, recipe, dtype=dtype, metrics=metrics)
+    solved = []
+    parts = zip(torch.split(stacked, sizes), found.split(sizes), nearest.split(sizes), strict=True)
+    for weight, own, rounded in parts:
+        error, nearest_error = (_relative_error(weight, some, hessian) for some in (own, rounded))
+        solved.append(Solved(own, error, nearest_error, 0.0 if hessian is None else hessian.damping))
+    return solved
 
 
 def _solve(
@@ -78,11 +99,56 @@ def _solve(
     for _ in range(recipe.rounds):
         grid = refit_scales(weight, hessian, grid, codes, dtype=dtype)
         codes = descend(weight, hessian, grid, codes, sweeps=recipe.sweeps)
+    if recipe.rounds:
+        grid = refit_scales(weight, hessian, grid, codes, dtype=dtype)
     return QuantizedWeight(codes, grid)
 
 
+class _Turns:
+    """The rows of one layer, to be solved some after the other."""
+
+    def __init__(self, weight: Tensor, metric: Tensor, hessian: Hessian, nearest: QuantizedWeight) -> None:
+        self._weight, self._metric, self._hessian, self._nearest = weight, metric, hessian, nearest
+        rows = Hessian.of(_shrunk(metric), damping=_METRIC_DAMPING)
+        self._order, self._ahead = rows.order, rows.ahead
+        self._left = weight[rows.order]
+        self._size = max(_LEAST_LOT, -(-len(weight) // _LOTS))
+        self._found: list[QuantizedWeight] = []
+
+    def lot(self, turn: int) -> tuple[Tensor, QuantizedWeight]:
+        """What the rows of a turn should become, and its nearest codes; no rows where the layer has too few."""
+        rows = self._rows(turn)
+        left, grid = self._left[rows], self._nearest.grid.some(self._order[rows])
+        return left, QuantizedWeight(grid.encode(left), grid)
+
+    def settle(self, turn: int, found: QuantizedWeight) -> None:
+        """Let the rows of later turns make up for the errors of this one."""
+        rows = self._rows(turn)
+        lost = self._left[rows] - found.decode()
+        errors = torch.linalg.solve_triangular(self._ahead[rows, rows].T, lost, upper=False)
+        self._left[rows.stop :] -= self._ahead[rows, rows.stop :].T @ errors
+        self._found.append(found)
+
+    def result(self) -> QuantizedWeight:
+        """All rows in their own order; the nearest codes, should they be better."""
+        solved = QuantizedWeight.cat(self._found).some(torch.argsort(self._order))
+        lost = [self._weight - some.decode() for some in (solved, self._nearest)]
+        costs = [float((self._metric @ some @ self._hessian.damped * some).sum()) for some in lost]
+        return solved if costs[0] <= costs[1] else self._nearest
+
+    def _rows(self, turn: int) -> slice:
+        start = min(turn * self._size, len(self._left))
+        return slice(start, min(start + self._size, len(self._left)))
+
+
 def _solve_in_turns(
-    weight: Tensor, hessian: Hessian, nearest: QuantizedWeight, recipe: Recipe, *, dtype: torch.dtype, metric: Tensor
+    weight: Tensor,
+    hessian: Hessian,
+    nearest: QuantizedWeight,
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype,
+    metrics: Sequence[Tensor],
 ) -> QuantizedWeight:
     """Some outputs after the other: each lot makes up for the errors of those before it, as columns do in GPTQ.
 
@@ -92,22 +158,16 @@ def _solve_in_turns(
     Source:
         Rounding with feedback along both sides of a weight: Tseng et al., YAQA, arXiv 2505.22988; lots are our own.
     """
-    rows = Hessian.of(_shrunk(metric), damping=_METRIC_DAMPING)
-    order, ahead, grid = rows.order, rows.ahead, nearest.grid
-    left, codes, scale = weight[order], torch.empty_like(nearest.codes), grid.scale[order]
-    size = max(_LEAST_LOT, -(-len(weight) // _LOTS))
-    for start in range(0, len(weight), size):
-        lot = slice(start, start + size)
-        own = grid.some(order[lot])
-        found = _solve(left[lot], hessian, QuantizedWeight(own.encode(left[lot]), own), recipe, dtype)
-        codes[lot], scale[lot] = found.codes, found.grid.scale
-        errors = torch.linalg.solve_triangular(ahead[lot, lot].T, left[lot] - found.decode(), upper=False)
-        left[start + size :] -= ahead[lot, start + size :].T @ errors
-    back = torch.argsort(order)
-    solved = QuantizedWeight(codes[back], replace(grid, scale=scale[back]))
-    lost = [weight - some.decode() for some in (solved, nearest)]
-    costs = [float((metric @ some @ hessian.damped * some).sum()) for some in lost]
-    return solved if costs[0] <= costs[1] else nearest
+    sizes = [len(metric) for metric in metrics]
+    parts = zip(torch.split(weight, sizes), metrics, nearest.split(sizes), strict=True)
+    layers = [_Turns(part, metric, hessian, codes) for part, metric, codes in parts]
+    for turn in range(_LOTS):
+        lots = [layer.lot(turn) for layer in layers]
+        left, start = torch.cat([lot[0] for lot in lots]), QuantizedWeight.cat([lot[1] for lot in lots])
+        found = _solve(left, hessian, start, recipe, dtype).split([len(lot[0]) for lot in lots])
+        for layer, own in zip(layers, found, strict=True):
+            layer.settle(turn, own)
+    return QuantizedWeight.cat([layer.result() for layer in layers])
 
 
 def _shrunk(metric: Tensor) -> Tensor:

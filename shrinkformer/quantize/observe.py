@@ -30,6 +30,11 @@ class CrossMoments:
         self.second.add_(left.to(dtype).T @ right.to(dtype))
         self.total.add_(left.sum(0, dtype=torch.float64))
 
+    def subtract(self, second: Tensor, total: Tensor) -> None:
+        """Take away sums of the same shapes."""
+        self.second -= second
+        self.total -= total
+
     def merge(self, other: "CrossMoments") -> None:
         """Add the tokens that ``other`` has seen."""
         self.second += other.second
@@ -93,12 +98,15 @@ def observe(site: Site, passes: BlockPasses, dense: DensePass | None, workers: W
             if dense is not None:
                 fold.shifts[0].update(dense.inputs(site, index) - rows, rows)
         else:
-            rows, made, residual = passes.ending(site, index)
+            rows, residual = passes.ending(site, index)
             wanted, before = dense.wanted(site, index)
-            fold.shifts[0].update(wanted - made, rows)
+            fold.shifts[0].update(wanted, rows)
             fold.shifts[1].update(before - residual, rows)
         fold.inputs.update(rows)
     for fold in found:
+        if parts == 2:  # what is wanted, less what the layer makes of its input now
+            weight = linear.weight.double()
+            fold.shifts[0].subtract(weight @ fold.inputs.second, weight @ fold.inputs.total)
         fold.inputs.all_reduce()
         for part in fold.shifts:
             workers.sum_(part.second, part.total)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shrinkformer.architectures import LayerView
+from shrinkformer.architectures import LayerView, Projection
 from shrinkformer.prune.hidden import HiddenStates, Offload, hidden_states
 from shrinkformer.prune.stream import BlockStream, token_rows
 from shrinkformer.quantize.sites import Site
@@ -56,6 +56,21 @@ def watched(modules: Mapping[str, nn.Module], last: str = "") -> Iterator[Seen]:
             handle.remove()
 
 
+@contextmanager
+def _silent(layer: Projection) -> Iterator[None]:
+    """Let a layer give nothing, which costs nothing."""
+
+    def forward(given: Tensor) -> Tensor:
+        return given.new_zeros(()).expand(*given.shape[:-1], layer.out_features)
+
+    module: Any = layer.module
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
 class BlockPasses:
     """The passes of the examples through one block whose layers change in between.
 
@@ -86,18 +101,20 @@ class BlockPasses:
             self._known.add(index)
         return self.rows(seen.inputs[path], index)
 
-    def ending(self, site: Site, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a layer that ends a sublayer: rows of its input, of its output without bias, and of the residual."""
-        path, linear = site.paths[0], self.view.linear(site.paths[0])
+    def ending(self, site: Site, index: int) -> tuple[Tensor, Tensor]:
+        """Of a layer that ends a sublayer, without computing it: rows of its input, and of the residual."""
+        path = site.paths[0]
         if site.residual == "input":
-            rows = self.inputs(path, index)
-            made = nn.functional.linear(rows, linear.weight)
-            return rows, made, self.rows(self.stream.hidden(index), index)
-        middle = self.view.architecture.feed_forward.inputs[0]
-        modules = {path: linear.module, middle: self.view.linear(middle).module}
-        with self._attention(index), watched(modules) as seen:
-            output = self.stream.call(self.view.block, index)
-        return self.rows(seen.inputs[path], index), *self.split(seen, site, output, index)
+            return self.inputs(path, index), self.rows(self.stream.hidden(index), index)
+        layer, middle = self.view.linear(path), self.view.architecture.feed_forward.inputs[0]
+        modules = {path: layer.module, middle: self.view.linear(middle).module}
+        if self.view.architecture.pre_norm:  # what is added to nothing comes out as it is
+            with self._attention(index), _silent(layer), watched(modules) as seen:
+                output = self.stream.call(self.view.block, index)
+            return self.rows(seen.inputs[path], index), self.rows(output, index)
+        with self._attention(index), watched(modules, path) as seen:
+            self.stream.call(self.view.block, index)
+        return self.rows(seen.inputs[path], index), self.rows(seen.inputs[middle], index)
 
     def split(self, seen: Seen, site: Site, output: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Of a layer that ends a sublayer, in a finished pass: rows of its output without bias, and of the residual."""

@@ -17,12 +17,14 @@ from shrinkformer.prune.stream import BlockStream
 from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
 from shrinkformer.quantize.final_norm import refit_final_norm
 from shrinkformer.quantize.fisher import output_metrics
-from shrinkformer.quantize.layer import Solved, quantize_weight
+from shrinkformer.quantize.grid import QuantizedWeight
+from shrinkformer.quantize.layer import quantize_weights
 from shrinkformer.quantize.observe import Fold, merged, observe
 from shrinkformer.quantize.passes import BlockPasses, DensePass
+from shrinkformer.quantize.resume import Finished, QuantizedBlocks
 from shrinkformer.quantize.sites import Site, block_sites
 from shrinkformer.quantize.solver import Hessian
-from shrinkformer.quantize.target import correct
+from shrinkformer.quantize.target import Target, correct
 
 
 def quantize_(
@@ -33,6 +35,7 @@ def quantize_(
     dense: PreTrainedModel | None = None,
     progress: Progress = iter,
     resources: Resources | None = None,
+    store: QuantizedBlocks | None = None,
 ) -> Quantized:
     """Quantize the linear layers of a model's blocks, in place.
 
@@ -46,6 +49,7 @@ def quantize_(
         dense: The model whose outputs are aimed at, such as the one from before pruning; by default the model itself.
         progress: Wraps the loop over the blocks, for a progress bar.
         resources: For several processes, and for hidden states that do not fit.
+        store: Keeps finished blocks on disk, and gives back those of an interrupted run.
 
     Raises:
         InputError: A value of ``config`` does not fit the model.
@@ -57,7 +61,7 @@ def quantize_(
         require_groups(model, config)
     model.eval()
     began = perf_counter()
-    run = BlockQuantizer(model, model if dense is None else dense, batches, config, resources)
+    run = BlockQuantizer(model, model if dense is None else dense, batches, config, resources=resources, store=store)
     run.weigh_outputs(model, batches)
     names = {module: name for name, module in model.named_modules()}
     quantized = Quantized({}, [], config)
@@ -65,9 +69,9 @@ def quantize_(
     for view in progress(layer_views(model)):
         copied = {id(model.config): model.config}
         aim = aims[view.index] if aims else replace(view, block=copy.deepcopy(view.block, copied))
-        for path, solved, report in run.quantize(view, aim):
-            quantized.weights[names[view.linear(path).module]] = solved.weight
-            quantized.layers.append(report)
+        for layer in run.quantize(view, aim):
+            quantized.weights[names[view.linear(layer.path).module]] = layer.weight
+            quantized.layers.append(layer.report)
     run.finish(model)
     quantized.seconds["quantization"] = perf_counter() - began
     return quantized
@@ -108,6 +112,7 @@ class BlockQuantizer:
         batches: Calibration examples of all workers.
         config: What is done.
         resources: Where data goes and who shares the work.
+        store: Keeps finished blocks on disk, and gives back those of an interrupted run.
     """
 
     def __init__(
@@ -116,9 +121,11 @@ class BlockQuantizer:
         dense: PreTrainedModel,
         batches: Batches,
         config: QuantizeConfig,
+        *,
         resources: Resources,
+        store: QuantizedBlocks | None = None,
     ) -> None:
-        self._config, self._recipe, self._resources = config, config.recipe, resources
+        self._config, self._recipe, self._resources, self._store = config, config.recipe, resources, store
         self._sites = block_sites(layer_views(model)[0].architecture, config.layers)
         self._metrics: dict[tuple[int, str], Tensor] = {}
         share = resources.workers.share(_at_least_two(batches))
@@ -127,23 +134,44 @@ class BlockQuantizer:
 
     def weigh_outputs(self, model: PreTrainedModel, batches: Batches) -> None:
         """Learn how much errors of each layer's outputs matter; the whole model must be in memory."""
-        if self._recipe.output_aware:
+        blocks = layer_views(model)
+        done = self._store is not None and all(self._store.holds(view.index) for view in blocks)
+        if self._recipe.output_aware and not self._resources.workers.broadcast(done):
             layers = {
                 (view.index, path): view.linear(path).module
-                for view in layer_views(model)
+                for view in blocks
                 for site in self._sites
                 for path in site.paths
             }
             self._metrics = output_metrics(model, layers, batches, workers=self._resources.workers)
 
     @torch.no_grad()
-    def quantize(self, view: LayerView, aim: LayerView) -> Iterator[tuple[str, Solved, LayerReport]]:
+    def quantize(self, view: LayerView, aim: LayerView) -> list[Finished]:
         """Quantize a block in place, and move the examples on.
 
         Args:
             view: The block.
             aim: The block of the dense model.
         """
+        store, workers = self._store, self._resources.workers
+        if workers.broadcast(store is not None and store.holds(view.index)) and store is not None:
+            return self._restore(store.read(view), view, aim)
+        found = list(self._quantize(view, aim))
+        if store is not None and workers.is_main:
+            store.write(view.index, found)
+        workers.barrier()
+        return found
+
+    def _restore(self, found: list[Finished], view: LayerView, aim: LayerView) -> list[Finished]:
+        if self._dense is not None:
+            self._dense.run(aim.block)
+        for layer in found:
+            layer.put(view.linear(layer.path))
+        if self._stream is not None:
+            self._stream.run(view.block)
+        return found
+
+    def _quantize(self, view: LayerView, aim: LayerView) -> Iterator[Finished]:
         if self._stream is None:
             for site in self._sites:
                 yield from self._solve(site, view, None)
@@ -170,56 +198,44 @@ class BlockQuantizer:
     def _observe(self, site: Site, passes: BlockPasses, dense: DensePass | None) -> list[Fold]:
         return observe(site, passes, dense, self._resources.workers)
 
-    def _solve(
-        self, site: Site, view: LayerView, folds: list[Fold] | None
-    ) -> Iterator[tuple[str, Solved, LayerReport]]:
+    def _solve(self, site: Site, view: LayerView, folds: list[Fold] | None) -> Iterator[Finished]:
+        """Quantize the layers of a site in place; those with a bias and those without are solved apart."""
         whole = None if folds is None else merged(folds)
-        prepared: dict[bool, Hessian] = {}  # layers with one input share it, by whether they have a bias
-        for path in site.paths:
+        kinds = {path: self._recipe.correct and view.linear(path).bias is not None for path in site.paths}
+        for centred in sorted(set(kinds.values())):
             began = perf_counter()
-            linear = view.linear(path)
-            centred = self._recipe.correct and linear.bias is not None
-            if whole is not None and centred not in prepared:
+            linears = {path: view.linear(path) for path in site.paths if kinds[path] == centred}
+            aims = {path: self._aim(linear, folds, whole, centred=centred) for path, linear in linears.items()}
+            hessian = None
+            if whole is not None:
                 second = whole.inputs.covariance() if centred else whole.inputs.second
-                prepared[centred] = Hessian.of(
-                    second, damping=self._recipe.damping, by_activity=self._recipe.by_activity
-                )
-            metric = self._metrics.pop((view.index, path), None)
-            solved, trust = self._solve_one(linear, folds, whole, prepared.get(centred), centred=centred, metric=metric)
-            report = LayerReport(
-                view.index,
-                path,
-                solved.error,
-                solved.nearest_error,
-                solved.damping,
-                trust,
-                perf_counter() - began,
+                hessian = Hessian.of(second, damping=self._recipe.damping, by_activity=self._recipe.by_activity)
+            solved = quantize_weights(
+                [aim.weight for aim in aims.values()],
+                hessian,
+                self._config.scheme.fitting(next(iter(linears.values())).in_features),
+                self._recipe,
+                dtype=self._config.scale_dtype,
+                metrics=[self._metrics.pop((view.index, path)) for path in linears] if self._metrics else None,
             )
-            yield path, solved, report
+            seconds = (perf_counter() - began) / len(linears)
+            for (path, linear), one in zip(linears.items(), solved, strict=True):
+                aim, errors = aims[path], (one.error, one.nearest_error)
+                report = LayerReport(view.index, path, *errors, one.damping, aim.trust, seconds)
+                bias = _bias(linear, one.weight, aim, whole) if centred and whole is not None else linear.bias
+                layer = Finished(path, one.weight, report, None if bias is None else bias.clone())
+                layer.put(linear)
+                yield layer
 
-    def _solve_one(
-        self,
-        linear: Projection,
-        folds: list[Fold] | None,
-        whole: Fold | None,
-        hessian: Hessian | None,
-        *,
-        centred: bool,
-        metric: Tensor | None,
-    ) -> tuple[Solved, tuple[float, ...]]:
-        """Quantize one layer in place."""
-        target: Tensor = linear.weight
-        shift: Tensor | None = None
-        trust: tuple[float, ...] = ()
-        if folds is not None and whole is not None and self._recipe.correct:
-            corrected = correct(linear.weight, folds, whole, centred=centred)
-            target, shift, trust = corrected.weight, corrected.shift, corrected.trust
-        config = self._config
-        scheme = config.scheme.fitting(linear.in_features)
-        solved = quantize_weight(target, hessian, scheme, self._recipe, dtype=config.scale_dtype, metric=metric)
-        weight = solved.weight.decode()
-        if shift is not None and whole is not None and linear.bias is not None:
-            gained = (linear.weight.double() - weight.double()) @ whole.inputs.mean
-            linear.bias.copy_((linear.bias.double() + shift + gained).to(linear.bias.dtype))
-        linear.weight.copy_(weight.to(linear.weight.dtype))
-        return solved, trust
+    def _aim(self, linear: Projection, folds: list[Fold] | None, whole: Fold | None, *, centred: bool) -> Target:
+        """What a layer should become."""
+        if folds is None or whole is None or not self._recipe.correct:
+            return Target.unchanged(linear.weight)
+        return correct(linear.weight, folds, whole, centred=centred)
+
+
+def _bias(linear: Projection, found: QuantizedWeight, aim: Target, inputs: Fold) -> Tensor:
+    """The bias that takes up what a layer loses in the mean."""
+    assert linear.bias is not None
+    gained = (linear.weight.double() - found.decode().double()) @ inputs.inputs.mean
+    return (linear.bias.double() + aim.shift + gained).to(linear.bias.dtype)

@@ -30,8 +30,8 @@ class Recipe:
     by_activity: bool = True
     search: bool = True
     static: bool = True
-    rounds: int = 2
-    sweeps: int = 2
+    rounds: int = 1
+    sweeps: int = 1
     sequential: bool = True
     correct: bool = True
     output_aware: bool = True

@@ -14,7 +14,7 @@ from shrinkformer.prune.cholesky import damped_cholesky
 from shrinkformer.quantize.grid import Grid, QuantizedWeight, fit_grid, storable
 from shrinkformer.quantize.scheme import Scheme
 
-_BLOCK = 128
+_BLOCK = 64
 """Columns that are corrected one by one; those behind them get the corrections of a whole block in one product."""
 
 
@@ -91,24 +91,32 @@ def round_ahead(weight: Tensor, hessian: Hessian, grid: Grid) -> Tensor:
 
 def _round_columns(weight: Tensor, hessian: Hessian, grid: Grid) -> tuple[Tensor, Tensor]:
     """Codes, and the error that each column leaves to those behind it, both ``(outputs, inputs)``."""
-    order, ahead, highest = hessian.order, hessian.ahead, grid.scheme.highest
-    scales, zeros = (entry[:, order].T.contiguous() for entry in grid.columns)
-    left = weight.to(ahead.dtype)[:, order].T.contiguous()  # (inputs, outputs): a column is contiguous
-    codes, errors = torch.empty_like(left), torch.empty_like(left)
-    pivots = ahead.diagonal().tolist()
-    for start in range(0, len(left), _BLOCK):
-        stop = min(start + _BLOCK, len(left))
-        for column in range(start, stop):
-            value, scale, zero, error = left[column], scales[column], zeros[column], errors[column]
-            code = torch.div(value, scale).add_(zero).round_().clamp_(0, highest)
-            codes[column] = code
-            torch.sub(value, code.sub_(zero).mul_(scale), out=error).div_(pivots[column])
-            if column + 1 < stop:
-                left[column + 1 : stop].addr_(ahead[column, column + 1 : stop], error, alpha=-1)
-        left[stop:].addmm_(ahead[start:stop, stop:].T, errors[start:stop], alpha=-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return codes[back].T.to(torch.uint8), errors.T
+    order, highest = hessian.order, grid.scheme.highest
+    pivots = hessian.ahead.diagonal()[:, None]
+    ahead = hessian.ahead / pivots
+    scales, shifted = (entry[:, order].T.contiguous() for entry in _shifted(weight.to(ahead.dtype), grid))
+    inverse, codes, errors = 1 / scales, torch.empty_like(scales), torch.empty_like(scales)
+    for start in range(0, len(shifted), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        left = shifted[block]  # (columns, outputs): a column is contiguous
+        columns = zip(*(entry[block].unbind() for entry in (shifted, scales, inverse, codes, errors)), strict=True)
+        behind = ahead[block, block].triu(1).unbind()
+        for (value, scale, inverted, code, error), passed_on in zip(columns, behind, strict=True):
+            torch.mul(value, inverted, out=code).round_().clamp_(0, highest)
+            torch.addcmul(value, code, scale, value=-1, out=error)
+            left.addr_(passed_on, error, alpha=-1)
+        shifted[start + _BLOCK :].addmm_(ahead[block, start + _BLOCK :].T, errors[block], alpha=-1)
+    back = torch.argsort(order)
+    return codes[back].T.to(torch.uint8), (errors / pivots).T
+
+
+def _shifted(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scales of all columns, and ``weight + scale * zero``, which ``scale * code`` has to come near to.
+
+    The loops over columns are many small steps, and this makes them fewer.
+    """
+    scale, zero = (entry.to(weight.dtype) for entry in grid.columns)
+    return scale, torch.addcmul(weight, scale, zero)
 
 
 def round_following(
@@ -159,26 +167,26 @@ def descend(weight: Tensor, hessian: Hessian, grid: Grid, codes: Tensor, *, swee
         Coordinate descent on GPTQ's objective: Behdin et al., QuantEase, arXiv 2309.01885.
     """
     second, highest = hessian.damped, grid.scheme.highest
-    scales, zeros = (entry.T.contiguous() for entry in grid.columns)
+    scales, shifted = (entry.T.contiguous() for entry in _shifted(weight.to(second.dtype), grid))
     current = codes.T.to(second.dtype).contiguous()  # (inputs, outputs)
-    pivots = second.diagonal().tolist()
-    slope = second @ (weight.to(second.dtype).T - scales * (current - zeros))  # (inputs, outputs)
+    slope = second @ torch.addcmul(shifted, scales, current, value=-1)  # (inputs, outputs)
+    per_slope, moved, other = 1 / (scales * second.diagonal()[:, None]), torch.empty_like(slope), current.clone()
+    fixed = [entry.unbind() for entry in (scales, per_slope, slope, moved)]
+    before, after = other.unbind(), current.unbind()
     for _ in range(sweeps):
-        before = current.clone()
-        for start in range(0, len(current), _BLOCK):
-            stop = min(start + _BLOCK, len(current))
-            moved = torch.zeros_like(current[start:stop])
-            inner = slope[start:stop].clone()
-            block = second[start:stop, start:stop]
-            for column in range(start, stop):
-                scale, code, step = scales[column], current[column], moved[column - start]
-                best = torch.div(inner[column - start], scale).div_(pivots[column]).add_(code).round_()
-                best.clamp_(0, highest)
+        before, after, current, other = after, before, other, current
+        columns = list(zip(before, after, *fixed, strict=True))
+        for start in range(0, len(slope), _BLOCK):
+            stop = start + _BLOCK
+            block = slope[start:stop]
+            rows = second[start:stop, start:stop].unbind()
+            for (code, best, scale, factor, here, step), row in zip(columns[start:stop], rows, strict=True):
+                torch.addcmul(code, here, factor, out=best).round_().clamp_(0, highest)
                 torch.sub(best, code, out=step).mul_(scale)
-                current[column] = best
-                inner.addr_(block[column - start], step, alpha=-1)
-            slope.addmm_(second[:, start:stop], moved, alpha=-1)
-        if torch.equal(before, current):
+                block.addr_(row, step, alpha=-1)
+            slope[:start].addmm_(second[:start, start:stop], moved[start:stop], alpha=-1)
+            slope[stop:].addmm_(second[stop:, start:stop], moved[start:stop], alpha=-1)
+        if torch.equal(other, current):
             break
     return current.T.to(torch.uint8)
 

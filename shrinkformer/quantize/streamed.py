@@ -24,6 +24,7 @@ from shrinkformer.quantize.final_norm import final_norm
 from shrinkformer.quantize.formats import FLOAT, FORMATS
 from shrinkformer.quantize.layout import Format
 from shrinkformer.quantize.quantizer import BlockQuantizer
+from shrinkformer.quantize.resume import QuantizedBlocks
 from shrinkformer.quantize.scheme import Scheme
 
 
@@ -58,6 +59,7 @@ def quantize_to_folder(
     decoded: Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = iter,
+    store: QuantizedBlocks | None = None,
 ) -> tuple[Quantized, Plan | None]:
     """Quantize a model, pruned before or not, and write it shard by shard; all of the folder appears, or nothing.
 
@@ -75,6 +77,7 @@ def quantize_to_folder(
         decoded: A folder for the same model as ordinary weights, to evaluate it block by block.
         tokenizer: Saved beside the model.
         progress: Wraps the loop over the blocks, for a progress bar.
+        store: Keeps finished blocks on disk, and gives back those of an interrupted run.
 
     Returns:
         Reports of all layers, with the integers of none, and what was kept.
@@ -85,7 +88,7 @@ def quantize_to_folder(
         CheckpointError: The folder exists and holds something else.
     """
     found, prefix, layers = Quantized({}, [], config), block_prefix(model), list[LayerPlan]()
-    run = BlockQuantizer(model, model, batches, config, resources)
+    run = BlockQuantizer(model, model, batches, config, resources=resources, store=store)
     own = copy.deepcopy(model.config)
     blocks = _blocks(model, own, resources, pruning, layers)
     with (
@@ -95,9 +98,9 @@ def quantize_to_folder(
         sinks = _sinks(model, folder, decoded, format, dtype) if resources.workers.is_main else []
         for view in progress(blocks):
             with resources.weights.resident(view.index):
-                for path, solved, report in run.quantize(view, layer_views(model)[view.index]):
-                    found.weights[f"{prefix}{view.index}.{path}"] = solved.weight
-                    found.layers.append(report)
+                for layer in run.quantize(view, layer_views(model)[view.index]):
+                    found.weights[f"{prefix}{view.index}.{layer.path}"] = layer.weight
+                    found.layers.append(layer.report)
             require_format(model, format, found.weights)
             for sink in sinks:
                 sink.take(view, prefix, found)

@@ -35,6 +35,11 @@ class Target:
     shift: Tensor
     trust: tuple[float, ...]
 
+    @classmethod
+    def unchanged(cls, weight: Tensor) -> "Target":
+        """The weight as it is, ``(outputs, inputs)``."""
+        return cls(weight.float(), torch.zeros(len(weight), dtype=torch.float64, device=weight.device), ())
+
 
 @dataclass(frozen=True)
 class _Sums:
@@ -78,13 +83,12 @@ def correct(weight: Tensor, folds: Sequence[Fold], whole: Fold, *, centred: bool
         by cross-validation, and the share of the residual stream, are our own.
     """
     original = weight.double()
-    shift = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     folds = [fold for fold in folds if fold.inputs.count]
     if not whole.shifts or len(folds) < 2:
-        return Target(weight.float(), shift, ())
+        return Target.unchanged(weight)
     damping, trust = _cross_validate([_Sums.of(fold, original, centred=centred) for fold in folds])
     steps = _Sums.of(whole, original, centred=centred).steps(damping)
-    target = original
+    target, shift = original, torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     for share, step, part in zip(trust, steps, whole.shifts, strict=True):
         target = target + share * step
         if centred:
