@@ -12,6 +12,7 @@ from shrinkformer.commands import prune_opt, quantize_bert, quantize_opt, sessio
 from shrinkformer.quantize.checkpoint import save
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.quantizer import quantize_
+from shrinkformer.quantize.resume import Finished, QuantizedBlocks
 from tests.conftest import build_model, make_batches
 from tests.test_prune_opt import call, checkpoint, read_records, write_corpora
 from tests.test_streamed import (
@@ -34,6 +35,18 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     checkpoint(tmp_path / "mine", hidden_size=64, intermediate_size=128, word_embed_proj_dim=64)
     return tmp_path
+
+
+class _StoppedError(BaseException):
+    """Stands for a kill."""
+
+
+def _write_then_stop(store: QuantizedBlocks, block: int, layers: list[Finished]) -> None:
+    _WRITE(store, block, layers)
+    raise _StoppedError
+
+
+_WRITE = QuantizedBlocks.write
 
 
 def quantize(data: Path, *arguments: str) -> int:
@@ -72,6 +85,26 @@ class TestDecoder:
         packed = shrinkformer.load(base, dtype=torch.float32)(input_ids=ids).logits
         plain = shrinkformer.load(base.with_name(f"{base.name}-float"), dtype=torch.float32)(input_ids=ids).logits
         torch.testing.assert_close(packed, plain, rtol=1e-2, atol=1e-2)
+
+    @pytest.mark.parametrize("memory", [(), SMALL])
+    @pytest.mark.parametrize("mu", ["1", "0.7"])
+    def test_an_interrupted_run_is_taken_up(
+        self, inside: Path, data: Path, monkeypatch: pytest.MonkeyPatch, mu: str, memory: tuple[str, ...]
+    ) -> None:
+        arguments = ("--bits", "4", "--group_size", "8", "--mu", mu, *memory)
+        assert quantize(data, *arguments, "--output_dir", "whole") == 0
+        monkeypatch.setattr(QuantizedBlocks, "write", _write_then_stop)
+        with pytest.raises(_StoppedError):
+            quantize(data, *arguments)
+        monkeypatch.undo()
+        monkeypatch.chdir(inside)
+        (left,) = Path("output").rglob("*.blocks")
+        assert [file.name for file in left.iterdir()] == ["block0000.safetensors"]
+        assert quantize(data, *arguments, "--resume", "--quantizer", "gptq") == 2  # its blocks are not these
+        assert quantize(data, *arguments, "--resume") == 0
+        assert not left.exists()
+        (ours,), (theirs,) = (list(Path(place).rglob("model*.safetensors")) for place in ("output", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes()
 
     @pytest.mark.parametrize(("quantizer", "tolerance"), [("gptq", 2e-3), ("shrink", 5e-2)])  # shrink: no backward pass
     def test_block_by_block_is_the_same(self, inside: Path, data: Path, quantizer: str, tolerance: float) -> None:

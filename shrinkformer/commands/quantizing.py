@@ -16,18 +16,20 @@ from shrinkformer.commands.locate import empty_model, load_model, model_class
 from shrinkformer.commands.pruning import round_weights
 from shrinkformer.commands.quantize_options import QuantizeOptions
 from shrinkformer.commands.report import Measured, Run
-from shrinkformer.commands.session import Job, Session, measure, run_job
+from shrinkformer.commands.session import Job, Session, measure, open_blocks, run_job, weight_files
 from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import Pruned, timed
+from shrinkformer.prune.resume import fingerprint
 from shrinkformer.prune.statistics import Progress
 from shrinkformer.quantize.checkpoint import ONNX, load, save
 from shrinkformer.quantize.config import Quantized
 from shrinkformer.quantize.onnx_export import onnx_is_installed
 from shrinkformer.quantize.quantizer import quantize_, require_groups
+from shrinkformer.quantize.resume import QuantizedBlocks
 from shrinkformer.quantize.streamed import quantize_to_folder
 from shrinkformer.utils.inputs import accepted_inputs
 
@@ -89,6 +91,7 @@ def _quantize_in_memory(session: Session, budget: Budget, seconds: dict[str, flo
     job, options = session.job, _options(session)
     pruned, measured = _prune(session, budget, seconds)
     model = copy.deepcopy(session.model if pruned is None else pruned.model)
+    store = _open_store(session, budget)
     job.say(f"quantizing to {options.bits} bits by {options.quantizer}")
     found = quantize_(
         model,
@@ -97,10 +100,12 @@ def _quantize_in_memory(session: Session, budget: Budget, seconds: dict[str, flo
         dense=None if pruned is None else session.model,
         progress=_progress(job),
         resources=replace(session.resources, store=None),
+        store=store,
     )
     seconds |= found.seconds
     with timed(seconds, "saving"):
         folder = _save(session, budget, model, pruned, found)
+    _clear(store, job)
     with timed(seconds, "evaluation"):
         quantized = measure(session, model, replace(session.resources, store=None), folder)
         latency = _latency(session, pruned, model)
@@ -114,6 +119,7 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
     offload.directory.mkdir(parents=True, exist_ok=True)
     pruning = None if session.calibrated is None or budget.mu == 1 else (session.calibrated, budget)
     (kind, folder), *_ = _targets(session, budget).items()
+    store = _open_store(session, budget)
     aware = options.quantization(job.source.dtype).recipe.output_aware
     without = "; errors are not weighed by their effect, which takes the whole model in memory" if aware else ""
     job.say(f"quantizing to {options.bits} bits by {options.quantizer}, block by block{without}")
@@ -131,9 +137,10 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
             decoded=decoded,
             tokenizer=job.tokenizer,
             progress=_progress(job),
+            store=store,
         )
         seconds |= found.seconds
-        job.workers.barrier()
+        _clear(store, job)
         if job.workers.is_main:
             (folder / "README.md").write_text(_card(job, options, found, plan, kind))
         job.say(f"saved to {folder}")
@@ -148,6 +155,23 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
 def _options(session: Session) -> QuantizeOptions:
     assert isinstance(session.options, QuantizeOptions)
     return session.options
+
+
+def _open_store(session: Session, budget: Budget) -> QuantizedBlocks:
+    """Where finished blocks are kept until they are in a checkpoint."""
+    job, options = session.job, _options(session)
+    target = next(iter(_targets(session, budget).values()))
+    base = target if options.offload_dir is None else options.offload_dir / target.name
+    asked = (options.quantization(job.source.dtype), budget, options.method, options.seed, session.lazily)
+    key = fingerprint(session.model, job.batches, weight_files(job)) + str(asked)
+    return open_blocks(QuantizedBlocks, base.with_name(f"{base.name}.blocks"), key, job, options)
+
+
+def _clear(store: QuantizedBlocks, job: Job) -> None:
+    """Forget finished blocks, once every process is past them."""
+    job.workers.barrier()
+    if job.workers.is_main:
+        store.clear()
 
 
 def _progress(job: Job) -> Progress:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -23,11 +23,12 @@ from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.hidden import Offload
 from shrinkformer.prune.pruner import Calibrated, calibrate, timed
 from shrinkformer.prune.resources import Resources
-from shrinkformer.prune.resume import BlockStore, fingerprint
+from shrinkformer.prune.resume import BlockFiles, BlockStore, fingerprint
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.utils.parallel import Workers
 
+Blocks = TypeVar("Blocks", bound=BlockFiles)
 Evaluate = Callable[[PreTrainedModel, Resources], dict[str, float]]
 
 
@@ -182,16 +183,35 @@ def _start(job: Job, options: PruneOptions, seconds: dict[str, float], *, lazily
 def _open_store(job: Job, options: PruneOptions, model: PreTrainedModel) -> BlockStore:
     """Where finished blocks of the calibration are kept until the run is over."""
     base = options.output_dir / job.folder if options.offload_dir is None else options.offload_dir / job.folder.name
-    folder = base.with_name(f"{base.name}.resume")
-    if folder.exists() and not options.resume:
-        job.say("starting anew; --resume would take up the calibration of an interrupted run")
+    key = fingerprint(model, job.batches, weight_files(job))
+    return open_blocks(BlockStore, base.with_name(f"{base.name}.resume"), key, job, options)
+
+
+def weight_files(job: Job) -> list[Path]:
+    """The files that hold the weights of the dense model; none where they come from the hub."""
     location = Path(job.source.location)
-    files = sorted(location.glob("*.safetensors")) if location.is_dir() else []
-    key = fingerprint(model, job.batches, files)
+    return sorted(location.glob("*.safetensors")) if location.is_dir() else []
+
+
+def open_blocks(kind: Callable[..., Blocks], folder: Path, key: str, job: Job, options: PruneOptions) -> Blocks:
+    """Open a place for finished blocks, and with ``--resume`` take up those of an interrupted run.
+
+    Args:
+        kind: A kind of :class:`~shrinkformer.prune.resume.BlockFiles`.
+        folder: Where it is.
+        key: Fingerprint of all that the blocks depend on.
+        job: The job.
+        options: Of the command.
+
+    Raises:
+        InputError: What is there depends on something else.
+    """
+    if folder.exists() and not options.resume:
+        job.say(f"starting anew; --resume would take up what an interrupted run left in {folder}")
     if job.workers.is_main:
-        BlockStore(folder, key, resume=options.resume)  # deletes what is not to be taken up, before others look
+        kind(folder, key, resume=options.resume)  # deletes what is not to be taken up, before others look
     job.workers.barrier()
-    return BlockStore(folder, key, resume=True)
+    return kind(folder, key, resume=True)
 
 
 def _calibrate(session: Session) -> None:
