@@ -10,7 +10,7 @@ from shrinkformer.quantize.checkpoint import ALL_FORMATS, DEFAULT_FORMAT
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, RECIPES
 from shrinkformer.quantize.scheme import BITS
-from shrinkformer.quantize.sites import SCOPES
+from shrinkformer.quantize.sites import OUTSIDE, SCOPES
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class QuantizeFlags:
     quantizer: str = option(DEFAULT_QUANTIZER, f"how codes are found: {', '.join(RECIPES)}")
     asymmetric: bool = option(False, "store zero points; fewer readers take them")
     layers: str = option("all", f"which linear layers of the blocks: {', '.join(SCOPES)}")
+    also: tuple[str, ...] = option((), f"quantize these, too: {', '.join(OUTSIDE)}", nargs="+")
     format: tuple[str, ...] = option(
         (DEFAULT_FORMAT,), f"what to write, one or several: {', '.join(ALL_FORMATS)}", nargs="+"
     )
@@ -54,6 +55,7 @@ class QuantizeFlags:
             symmetric=not self.asymmetric,
             quantizer=self.quantizer,
             layers=self.layers,
+            also=self.also,
             scale_dtype=scale_dtype,
         )
 

@@ -28,6 +28,7 @@ from shrinkformer.prune.statistics import Progress
 from shrinkformer.quantize.checkpoint import ONNX, load, save
 from shrinkformer.quantize.config import Quantized
 from shrinkformer.quantize.onnx_export import onnx_is_installed
+from shrinkformer.quantize.outside import require_outside
 from shrinkformer.quantize.quantizer import quantize_, require_groups
 from shrinkformer.quantize.resume import QuantizedBlocks
 from shrinkformer.quantize.streamed import quantize_to_folder
@@ -66,7 +67,11 @@ def run_quantizing(job: Job, options: QuantizeOptions, seconds: dict[str, float]
         job = replace(job, whole=job.whole or "--format onnx exports the whole model")
     if len(options.format) > 1:
         job = replace(job, whole=job.whole or "several values of --format are written from memory")
-    require_groups(empty_model(job.source, job.chosen), options.quantization(job.source.dtype))
+    if options.also:
+        job = replace(job, whole=job.whole or "--also quantizes what stands outside the blocks")
+    shapes, config = empty_model(job.source, job.chosen), options.quantization(job.source.dtype)
+    require_groups(shapes, config)
+    require_outside(shapes, config)
     run_job(job, options, seconds, quantize_once)
 
 

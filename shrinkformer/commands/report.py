@@ -169,6 +169,7 @@ def _quantized_section(figures: Measured, found: Quantized) -> dict[str, Any]:
         "symmetric": config.symmetric,
         "quantizer": config.quantizer,
         "scope": config.layers,
+        "also": list(config.also),
     }
     return {"quantized": figures.to_dict() | settings, "quantized_layers": [asdict(layer) for layer in found.layers]}
 
@@ -180,7 +181,8 @@ def _quantized_lines(found: Quantized) -> list[str]:
         f"  {'layer':>5}  {'name':32}{'error':>9}{'nearest':>9}{'damping':>9}{'trust':>12}{'seconds':>9}",
     ]
     return lines + [
-        f"  {row.layer:>5}  {row.name:32}{row.error:>9.4f}{row.nearest_error:>9.4f}{row.damping:>9.0e}"
+        f"  {'' if row.layer is None else row.layer:>5}  {row.name:32}"
+        f"{row.error:>9.4f}{row.nearest_error:>9.4f}{row.damping:>9.0e}"
         f"{' '.join(f'{share:.2f}' for share in row.trust):>12}{row.seconds:>9.2f}"
         for row in found.layers
     ]

@@ -23,6 +23,7 @@ from shrinkformer.quantize.formats import FLOAT, FORMATS
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layout import Format
 from shrinkformer.quantize.onnx_export import export_onnx
+from shrinkformer.quantize.outside import tied_weights
 from shrinkformer.quantize.reading import read_quantized_state_dict
 from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.utils.inputs import accepted_inputs
@@ -70,7 +71,8 @@ def save(
         if format == ONNX:
             if example is None:
                 raise InputError("--format onnx is checked on an example: pass example=, a batch of model inputs.")
-            export_onnx(model, weights, folder / "model.onnx", accepted_inputs(model, example))
+            linear = {name: weight for name, weight in weights.items() if not _is_embedding(model, name)}
+            export_onnx(model, linear, folder / "model.onnx", accepted_inputs(model, example))
             own, kind = copy.deepcopy(model.config), FLOAT
         else:
             own, kind = copy.deepcopy(model.config), FORMATS[format]
@@ -116,7 +118,7 @@ def _write(
     dtype: torch.dtype,
 ) -> None:
     writer = ShardWriter(folder)
-    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = tied_weights(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     add_weights(writer, model, state, weights, format=format, dtype=dtype)
     writer.finish()
@@ -146,7 +148,7 @@ def add_weights(
     for name, weight in weights.items():
         for stored, tensor in format.tensors(name, weight, dtype).items():
             transposed = stored.endswith(".weight") and _is_transposed(model, name)
-            writer.add(stored, tensor.T.contiguous() if transposed else tensor)
+            writer.add(stored, tensor.T.contiguous() if transposed else tensor.clone())  # one matrix may have two names
 
 
 def finish_folder(
@@ -178,6 +180,8 @@ def finish_folder(
     section = format.config(schemes, [name for name in _linears(model) if name not in schemes])
     if section is not None:
         config.quantization_config = section
+        if any(name.removesuffix(".weight") in schemes for name in tied_weights(model)):
+            config.tie_word_embeddings = False  # readers tie weights, and there are only integers
         if format.config_file:
             (folder / format.config_file).write_text(json.dumps(section, indent=2) + "\n")
     config.save_pretrained(folder)
@@ -193,6 +197,10 @@ def finish_folder(
 
 def _linears(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def _is_embedding(model: PreTrainedModel, name: str) -> bool:
+    return isinstance(model.get_submodule(name), torch.nn.Embedding)
 
 
 def _is_transposed(model: PreTrainedModel, name: str) -> bool:

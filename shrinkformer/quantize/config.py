@@ -8,7 +8,7 @@ from shrinkformer.errors import InputError
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, Recipe, get_recipe
 from shrinkformer.quantize.scheme import Scheme
-from shrinkformer.quantize.sites import SCOPES
+from shrinkformer.quantize.sites import OUTSIDE, SCOPES
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class QuantizeConfig:
         symmetric: Store no zero points.
         quantizer: Name of a recipe: ``shrink``, ``gptq`` (as published) or ``rtn`` (round to nearest).
         layers: ``all`` linear layers of the blocks, or those of ``attention`` or ``ffn`` only.
+        also: What is quantized beside the blocks: ``embeddings``, ``head``, or both.
         scale_dtype: In which scales are stored.
 
     Raises:
@@ -32,12 +33,16 @@ class QuantizeConfig:
     symmetric: bool = True
     quantizer: str = DEFAULT_QUANTIZER
     layers: str = "all"
+    also: tuple[str, ...] = ()
     scale_dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
         _ = self.scheme, self.recipe
         if self.layers not in SCOPES:
             raise InputError(f"--layers {self.layers!r}: choose one of {', '.join(SCOPES)}.")
+        for name in self.also:
+            if name not in OUTSIDE:
+                raise InputError(f"--also {name!r}: choose among {', '.join(OUTSIDE)}.")
 
     @property
     def scheme(self) -> Scheme:
@@ -61,8 +66,8 @@ class LayerReport:
     """What became of one linear layer.
 
     Attributes:
-        layer: Number of the block.
-        name: Path of the layer in the block.
+        layer: Number of the block; None outside the blocks.
+        name: Path of the layer in the block, or in the model.
         error: Relative error of its output on the calibration examples, 0 to about 1.
         nearest_error: The same for rounding to nearest.
         damping: Of the second moments, relative to their mean diagonal.
@@ -70,7 +75,7 @@ class LayerReport:
         seconds: Time of the solution; what is known about its input is collected for several layers at once.
     """
 
-    layer: int
+    layer: int | None
     name: str
     error: float
     nearest_error: float

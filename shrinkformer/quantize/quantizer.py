@@ -20,6 +20,7 @@ from shrinkformer.quantize.fisher import output_metrics
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layer import quantize_weights
 from shrinkformer.quantize.observe import Fold, merged, observe
+from shrinkformer.quantize.outside import Outside, require_outside
 from shrinkformer.quantize.passes import BlockPasses, DensePass
 from shrinkformer.quantize.resume import Finished, QuantizedBlocks
 from shrinkformer.quantize.sites import Site, block_sites
@@ -59,12 +60,15 @@ def quantize_(
     config, resources = config or QuantizeConfig(), resources or Resources()
     if dense is None:
         require_groups(model, config)
+    require_outside(model, config)
     model.eval()
     began = perf_counter()
     run = BlockQuantizer(model, model if dense is None else dense, batches, config, resources=resources, store=store)
     run.weigh_outputs(model, batches)
+    outside, quantized = Outside(model, batches, config, resources.workers), Quantized({}, [], config)
+    outside.before(quantized)
+    run.enter(model)
     names = {module: name for name, module in model.named_modules()}
-    quantized = Quantized({}, [], config)
     aims = None if dense is None else layer_views(dense)
     for view in progress(layer_views(model)):
         copied = {id(model.config): model.config}
@@ -73,6 +77,7 @@ def quantize_(
             quantized.weights[names[view.linear(layer.path).module]] = layer.weight
             quantized.layers.append(layer.report)
     run.finish(model)
+    outside.behind(quantized)
     quantized.seconds["quantization"] = perf_counter() - began
     return quantized
 
@@ -128,9 +133,14 @@ class BlockQuantizer:
         self._config, self._recipe, self._resources, self._store = config, config.recipe, resources, store
         self._sites = block_sites(layer_views(model)[0].architecture, config.layers)
         self._metrics: dict[tuple[int, str], Tensor] = {}
-        share = resources.workers.share(_at_least_two(batches))
-        self._stream = BlockStream(model, share, resources.offload) if self._recipe.look_ahead else None
-        self._dense = BlockStream(dense, share, resources.offload) if self._recipe.correct else None
+        self._share = resources.workers.share(_at_least_two(batches))
+        self._dense = BlockStream(dense, self._share, resources.offload) if self._recipe.correct else None
+        self._stream: BlockStream | None = None
+
+    def enter(self, model: PreTrainedModel) -> None:
+        """Put the examples at the entrance of the first block, once what stands before it is settled."""
+        if self._recipe.look_ahead:
+            self._stream = BlockStream(model, self._share, self._resources.offload)
 
     def weigh_outputs(self, model: PreTrainedModel, batches: Batches) -> None:
         """Learn how much errors of each layer's outputs matter; the whole model must be in memory."""

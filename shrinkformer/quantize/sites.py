@@ -7,6 +7,8 @@ from shrinkformer.errors import InputError
 
 SCOPES = ("attention", "ffn", "all")
 
+EMBEDDINGS, HEAD = OUTSIDE = ("embeddings", "head")
+
 
 @dataclass(frozen=True)
 class Site:

@@ -89,6 +89,7 @@ def quantize_to_folder(
     """
     found, prefix, layers = Quantized({}, [], config), block_prefix(model), list[LayerPlan]()
     run = BlockQuantizer(model, model, batches, config, resources=resources, store=store)
+    run.enter(model)
     own = copy.deepcopy(model.config)
     blocks = _blocks(model, own, resources, pruning, layers)
     with (

@@ -1,0 +1,165 @@
+"""What stands before and behind the blocks, quantized by choice: token embeddings, and the layers of the head."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shrinkformer.architectures import layer_views
+from shrinkformer.errors import InputError
+from shrinkformer.prune.moments import Moments
+from shrinkformer.prune.statistics import Batches
+from shrinkformer.prune.stream import token_rows
+from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
+from shrinkformer.quantize.layer import quantize_weight
+from shrinkformer.quantize.sites import EMBEDDINGS, HEAD
+from shrinkformer.quantize.solver import Hessian
+from shrinkformer.utils.inputs import accepted_inputs
+from shrinkformer.utils.parallel import ALONE, Workers
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Names of weights that are also others, with the names of those."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def require_outside(model: PreTrainedModel, config: QuantizeConfig) -> None:
+    """Check, from shapes alone, that a model has what should be quantized outside its blocks.
+
+    Raises:
+        InputError: It has not, or one matrix serves as both and only one of them is wanted.
+    """
+    wanted = {name for kind in config.also for name in _layers(model, kind)}
+    for kind in config.also:
+        if not _layers(model, kind):
+            raise InputError(f"--also {kind}: {type(model).__name__} has no layer behind its blocks; leave it out.")
+    for ours, theirs in tied_weights(model).items():
+        pair = {ours.removesuffix(".weight"), theirs.removesuffix(".weight")}
+        if len(pair & wanted) == 1:
+            raise InputError(
+                f"--also {' '.join(config.also)}: {' and '.join(sorted(pair))} are one matrix; pass --also "
+                f"{EMBEDDINGS} {HEAD}, or leave it out."
+            )
+    for name in wanted:
+        width = _weight(model.get_submodule(name)).shape[1]
+        if config.group_size > width:
+            raise InputError(f"--group_size {config.group_size}: larger than {name}, which is {width} wide.")
+
+
+class Outside:
+    """Quantizes, in place, what ``config.also`` names; embeddings first, the head when all else is done.
+
+    Args:
+        model: In memory as a whole.
+        batches: Calibration examples of all workers.
+        config: What is done.
+        workers: Share the examples.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, batches: Batches, config: QuantizeConfig, workers: Workers = ALONE
+    ) -> None:
+        self._model, self._batches, self._config, self._workers = model, batches, config, workers
+        keys = tied_weights(model)
+        self._partners = {
+            name.removesuffix(".weight"): other.removesuffix(".weight")
+            for pair in keys.items()
+            for name, other in (pair, pair[::-1])
+        }
+
+    @torch.no_grad()
+    def before(self, into: Quantized) -> None:
+        """Quantize the embeddings: to the nearest code each, as an embedding looks up one row at a time.
+
+        Embeddings that also are the output layer are solved as this, with both uses counting the same.
+        """
+        if EMBEDDINGS not in self._config.also:
+            return
+        for name in _layers(self._model, EMBEDDINGS):
+            partner = self._partners.get(name)
+            heads = [partner] if partner in _layers(self._model, HEAD) else []
+            second = self._inputs(heads).get(partner or "") if heads and self._config.recipe.look_ahead else None
+            if second is not None:
+                second = second / second.diagonal().mean().clamp(min=1e-30)
+                second.diagonal().add_(1.0)
+            self._solve(name, second, into)
+            for head in heads:
+                into.weights[head] = into.weights[name]
+
+    @torch.no_grad()
+    def behind(self, into: Quantized) -> None:
+        """Quantize the layers of the head, given what the quantized blocks make."""
+        if HEAD not in self._config.also:
+            return
+        names = [name for name in _layers(self._model, HEAD) if name not in into.weights]
+        known = self._inputs(names) if names and self._config.recipe.look_ahead else {}
+        for name in names:
+            self._solve(name, known.get(name), into)
+
+    def _solve(self, name: str, second: Tensor | None, into: Quantized) -> None:
+        began, config = perf_counter(), self._config
+        weight, recipe = _weight(self._model.get_submodule(name)), config.recipe
+        hessian = None
+        if second is not None:
+            hessian = Hessian.of(second, damping=recipe.damping, by_activity=recipe.by_activity)
+        solved = quantize_weight(
+            weight, hessian, config.scheme.fitting(weight.shape[1]), recipe, dtype=config.scale_dtype
+        )
+        weight.copy_(solved.weight.decode().to(weight.dtype))
+        into.weights[name] = solved.weight
+        errors = (solved.error, solved.nearest_error, solved.damping)
+        into.layers.append(LayerReport(None, name, *errors, (), perf_counter() - began))
+
+    def _inputs(self, names: list[str]) -> dict[str, Tensor]:
+        """Second moments of the inputs of layers behind the blocks, which one pass of the examples reaches."""
+        layers = {name: self._model.get_submodule(name) for name in names}
+        device = self._model.device
+        moments = {name: Moments.zeros(_weight(layer).shape[1], device) for name, layer in layers.items()}
+        for batch in self._workers.share(self._batches):
+            with _recorded(layers, moments, batch["attention_mask"].bool().to(device)):
+                self._model(**accepted_inputs(self._model, batch))
+        for one in moments.values():
+            one.all_reduce()
+        return {name: one.second for name, one in moments.items() if one.count}
+
+
+@contextmanager
+def _recorded(layers: Mapping[str, nn.Module], moments: Mapping[str, Moments], mask: Tensor) -> Iterator[None]:
+    """Add what goes into layers to moments: tokens, or where there is one row for each example, these."""
+
+    def hook_for(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            given = args[0]
+            whole = given.shape[:2] == mask.shape
+            moments[name].update(token_rows(given, mask) if whole else given.reshape(-1, given.shape[-1]))
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(hook_for(name)).remove)
+        yield
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _layers(model: PreTrainedModel, kind: str) -> list[str]:
+    """Names of the layers: the token embeddings, or all linear layers that stand behind the blocks in the model."""
+    if kind == EMBEDDINGS:
+        embeddings = model.get_input_embeddings()
+        return [name for name, module in model.named_modules() if module is embeddings]
+    blocks = {id(module) for view in layer_views(model) for module in view.block.modules()}
+    names, behind = [], False
+    for name, module in model.named_modules():
+        behind = behind or id(module) in blocks
+        if behind and id(module) not in blocks and isinstance(module, nn.Linear):
+            names.append(name)
+    return names
