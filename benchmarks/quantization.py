@@ -234,7 +234,7 @@ def table(rows: Sequence[Record], corpora: Sequence[str], quantizers: Sequence[s
         found = [row for row in rows if row["quantizer"] == quantizer]
         if found:
             means[quantizer] = {name: statistics.mean(row[name] for row in found) for name in columns}
-            cells = [_mean_and_spread([row[name] for row in found]) for name in columns]
+            cells = [mean_and_spread([row[name] for row in found]) for name in columns]
             size, seconds, peak = (
                 statistics.mean(row[name] for row in found) for name in ("bytes", "seconds", "peak_memory_bytes")
             )
@@ -249,7 +249,8 @@ def table(rows: Sequence[Record], corpora: Sequence[str], quantizers: Sequence[s
     return "\n".join(lines)
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation, if there are several values."""
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4f}{spread}"
 
