@@ -8,37 +8,21 @@ data and leaves Z'Z positive semidefinite; rounding the running sum makes it ind
 condition number of about 1e8 on. So batches of at most 4096 rows are multiplied in float32 and added in float64.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from shrinkformer.errors import InputError, NumericalError
+from shrinkformer.utils.precision import exact_products, fast_products
 
-Precision = Literal["auto", "mixed", "double"]
+Precision = Literal["auto", "mixed", "double", "fast"]
 
 _BATCH_ROWS = 4096  # float32 rounding inside one product grows with its length, the float64 sum outside does not
 _PANELS = 8  # upper triangle in 8 row panels: 9/16 of the work of the full product, panels still fast to multiply
 _MIN_PANEL = 128
 _FLOAT32_SAFE = (2.0**-40, 2.0**40)  # largest |z| whose squares and sums neither overflow nor vanish in float32
-
-
-@contextlib.contextmanager
-def _exact_products(device: torch.device) -> Iterator[None]:
-    """Switch autocast, TF32 (CUDA) and bfloat16 shortcuts (CPU) off inside, and leave every flag as it was."""
-    mkldnn: Any = torch.backends.mkldnn  # its stub does not know matmul
-    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False), torch.no_grad():
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 class Moments:
@@ -52,6 +36,7 @@ class Moments:
     * ``"mixed"``: float32 for every type, about twice as fast for float64 rows. Relative error of Z'Z about 5e-8, so
       residuals below about 2e-4 of ``||Z||`` drown; activations of transformers lie far above that.
     * ``"double"``: float64 for every type.
+    * ``"fast"``: as the processor multiplies float32 fastest; of rows that are rounded to bfloat16, this is exact.
 
     Rows whose squares would overflow or vanish in float32 are multiplied in float64 whatever the policy.
     """
@@ -63,8 +48,8 @@ class Moments:
                 f"moments need float64 second (n, n), total (n,) and count >= 0, got {second.dtype} "
                 f"{tuple(second.shape)}, {total.dtype} {tuple(total.shape)} and {count}"
             )
-        if precision not in ("auto", "mixed", "double"):
-            raise InputError(f"precision is {precision!r}; choose auto, mixed or double")
+        if precision not in ("auto", "mixed", "double", "fast"):
+            raise InputError(f"precision is {precision!r}; choose auto, mixed, double or fast")
         self._second = second
         self._stale = False  # true while only the upper panels of _second are up to date
         self.total = total
@@ -157,7 +142,11 @@ class Moments:
         if rows.shape[0] == 0:
             return
         safe = self._check_range(rows)
-        with _exact_products(self.device):
+        if self.precision == "fast":
+            with fast_products(self.device), torch.no_grad():
+                self._add(rows.to(self.device, torch.float32))
+            return
+        with exact_products(self.device):
             for start in range(0, rows.shape[0], _BATCH_ROWS):
                 batch = rows[start : start + _BATCH_ROWS]
                 self._add(batch.to(self.device, self._product_dtype(batch, safe)).contiguous())

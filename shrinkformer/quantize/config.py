@@ -10,6 +10,8 @@ from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, Recipe, get_recipe
 from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.quantize.sites import OUTSIDE, SCOPES
 
+_FEW_BITS = 4
+
 
 @dataclass(frozen=True)
 class QuantizeConfig:
@@ -54,6 +56,11 @@ class QuantizeConfig:
         """Groups and kind of grid, in words."""
         group = "one scale per output" if self.group_size < 0 else f"groups of {self.group_size}"
         return f"{group}, {'symmetric' if self.symmetric else 'with zero points'}"
+
+    @property
+    def fast(self) -> bool:
+        """Whether calibration may round what goes into products by 0.2 %, far less than codes of few bits do."""
+        return self.recipe.fast and self.bits <= _FEW_BITS
 
     @property
     def recipe(self) -> Recipe:

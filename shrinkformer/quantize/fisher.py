@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.utils.inputs import accepted_inputs
 from shrinkformer.utils.parallel import ALONE, Workers
+from shrinkformer.utils.precision import fast_products, half_precision
 
 Name = TypeVar("Name")
 
@@ -49,9 +50,10 @@ def output_metrics(
         Martens, "New insights and perspectives on the natural gradient method", arXiv 1412.1193, section 5 (Fisher by
         sampling). For quantization: Tseng et al., YAQA, arXiv 2505.22988.
     """
+    # Rounding of half precision is small beside the noise of drawn answers.
     generator = torch.Generator(model.device).manual_seed(seed)
     sums: dict[Name, Tensor] = {}
-    with _gradients_at(layers, sums), _frozen(model), torch.enable_grad(), _half_precision(model.device):
+    with _gradients_at(layers, sums), _frozen(model), torch.enable_grad(), half_precision(model.device):
         for batch in workers.share(_enough(batches, tokens)):
             inputs = accepted_inputs(model, batch)
             embedded = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_(True)
@@ -75,12 +77,6 @@ def _enough(batches: Batches, tokens: int) -> Sequence[Mapping[str, Tensor]]:
     return chosen
 
 
-def _half_precision(device: torch.device) -> torch.autocast:
-    """Half precision where it is fast: its rounding is small beside the noise of drawn answers."""
-    fast = device.type != "cpu" or getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Gradients of weights are not wanted, only those that pass through."""
@@ -99,8 +95,9 @@ def _gradients_at(layers: Mapping[Name, nn.Module], sums: dict[Name, Tensor]) ->
 
     def hook_for(name: Name) -> Any:
         def hook(_module: nn.Module, _given: Any, gradients: tuple[Tensor, ...]) -> None:
-            rows = gradients[0].reshape(-1, gradients[0].shape[-1])
-            one = (rows.T @ rows).float()
+            rows = gradients[0].reshape(-1, gradients[0].shape[-1]).float()
+            with fast_products(rows.device):
+                one = rows.T @ rows
             sums[name] = sums[name] + one if name in sums else one
 
         return hook

@@ -1,6 +1,7 @@
 """What is known about the layers of a site: moments of their input, and of what their output lacks."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,16 @@ from shrinkformer.prune.moments import Moments
 from shrinkformer.quantize.passes import BlockPasses, DensePass
 from shrinkformer.quantize.sites import Site
 from shrinkformer.utils.parallel import Workers
+from shrinkformer.utils.precision import fast_products, half_precision, round_rows
 
 
 class CrossMoments:
     """Running sums over tokens of ``s x'`` and of ``s``, in float64; products of a batch are float32.
+
+    Args:
+        outputs: Entries of ``s``.
+        inputs: Entries of ``x``.
+        device: Where the sums are kept.
 
     Attributes:
         second: ``(outputs, inputs)``.
@@ -70,7 +77,9 @@ def merged(folds: Sequence[Fold]) -> Fold:
 
 
 @torch.no_grad()
-def observe(site: Site, passes: BlockPasses, dense: DensePass | None, workers: Workers, folds: int = 2) -> list[Fold]:
+def observe(
+    site: Site, passes: BlockPasses, dense: DensePass | None, workers: Workers, *, rounded: bool, folds: int = 2
+) -> list[Fold]:
     """Collect what is known about a site, in as many parts of the examples.
 
     Args:
@@ -78,30 +87,29 @@ def observe(site: Site, passes: BlockPasses, dense: DensePass | None, workers: W
         passes: Of the block whose earlier sites are quantized.
         dense: What the dense model wants; None where nothing is corrected.
         workers: Share the examples; all of them get the sums.
+        rounded: Round rows to bfloat16, and multiply them as fast as the processor can.
         folds: Parts; micro-batches are dealt out to them in turn.
     """
     linear = passes.view.linear(site.paths[0])
     device, inputs, shared = linear.weight.device, linear.in_features, not site.residual
-    parts = 0 if dense is None else 1 if shared else 2
+    parts, outputs = 0 if dense is None else 1 if shared else 2, inputs if shared else linear.out_features
     found = [
         Fold(
-            Moments.zeros(inputs, device),
-            tuple(CrossMoments(inputs if shared else linear.out_features, inputs, device) for _ in range(parts)),
+            Moments.zeros(inputs, device, precision="fast" if rounded else "auto"),
+            tuple(CrossMoments(outputs, inputs, device) for _ in range(parts)),
             shared,
         )
         for _ in range(folds)
     ]
     for index in range(len(passes.stream)):
         fold = found[(index * workers.size + workers.rank) % folds]
-        if dense is None or shared:
-            rows = passes.inputs(site.paths[0], index)
-            if dense is not None:
-                fold.shifts[0].update(dense.inputs(site, index) - rows, rows)
-        else:
-            rows, residual = passes.ending(site, index)
-            wanted, before = dense.wanted(site, index)
-            fold.shifts[0].update(wanted, rows)
-            fold.shifts[1].update(before - residual, rows)
+        with half_precision(device) if rounded else nullcontext():
+            rows, lacking = _look(site, passes, dense, index)
+        if rounded:
+            rows, *lacking = (round_rows(some) for some in (rows, *lacking))
+        with fast_products(device) if rounded else nullcontext():
+            for part, one in zip(fold.shifts, lacking, strict=True):
+                part.update(one, rows)
         fold.inputs.update(rows)
     for fold in found:
         if parts == 2:  # what is wanted, less what the layer makes of its input now
@@ -111,3 +119,16 @@ def observe(site: Site, passes: BlockPasses, dense: DensePass | None, workers: W
         for part in fold.shifts:
             workers.sum_(part.second, part.total)
     return found
+
+
+def _look(site: Site, passes: BlockPasses, dense: DensePass | None, index: int) -> tuple[Tensor, list[Tensor]]:
+    """Of one micro-batch: rows of the input, and what each part of the shift is to be learnt from.
+
+    Where the site ends a sublayer, the first part is all of the output that is wanted.
+    """
+    if dense is None or not site.residual:
+        rows = passes.inputs(site.paths[0], index)
+        return rows, [] if dense is None else [dense.inputs(site, index) - rows]
+    rows, residual = passes.ending(site, index)
+    wanted, before = dense.wanted(site, index)
+    return rows, [wanted, before - residual]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from time import perf_counter
 
@@ -26,6 +27,7 @@ from shrinkformer.quantize.resume import Finished, QuantizedBlocks
 from shrinkformer.quantize.sites import Site, block_sites
 from shrinkformer.quantize.solver import Hessian
 from shrinkformer.quantize.target import Target, correct
+from shrinkformer.utils.precision import half_precision
 
 
 def quantize_(
@@ -131,6 +133,7 @@ class BlockQuantizer:
         store: QuantizedBlocks | None = None,
     ) -> None:
         self._config, self._recipe, self._resources, self._store = config, config.recipe, resources, store
+        self._fast = config.fast and model.dtype != torch.float64
         self._sites = block_sites(layer_views(model)[0].architecture, config.layers)
         self._metrics: dict[tuple[int, str], Tensor] = {}
         self._share = resources.workers.share(_at_least_two(batches))
@@ -173,13 +176,18 @@ class BlockQuantizer:
         return found
 
     def _restore(self, found: list[Finished], view: LayerView, aim: LayerView) -> list[Finished]:
-        if self._dense is not None:
-            self._dense.run(aim.block)
-        for layer in found:
-            layer.put(view.linear(layer.path))
-        if self._stream is not None:
-            self._stream.run(view.block)
+        with self._precision(view.attention_output.weight.device):
+            if self._dense is not None:
+                self._dense.run(aim.block)
+            for layer in found:
+                layer.put(view.linear(layer.path))
+            if self._stream is not None:
+                self._stream.run(view.block)
         return found
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
+        """In which examples pass."""
+        return half_precision(device) if self._fast else nullcontext()
 
     def _quantize(self, view: LayerView, aim: LayerView) -> Iterator[Finished]:
         if self._stream is None:
@@ -188,7 +196,8 @@ class BlockQuantizer:
             return
         offload, dense = self._resources.offload, None
         if self._dense is not None:
-            dense = DensePass(self._dense, aim, self._sites, offload)
+            with self._precision(view.attention_output.weight.device):
+                dense = DensePass(self._dense, aim, self._sites, offload)
         passes = BlockPasses(self._stream, view, offload)
         if self._recipe.sequential:
             for site in self._sites:
@@ -198,7 +207,8 @@ class BlockQuantizer:
             for site, folds in zip(self._sites, known, strict=True):
                 yield from self._solve(site, view, folds)
             passes = BlockPasses(self._stream, view, offload)
-        passes.advance()
+        with self._precision(view.attention_output.weight.device):
+            passes.advance()
 
     def finish(self, model: PreTrainedModel) -> None:
         """Fit what stands behind the blocks to what they have become."""
@@ -206,7 +216,7 @@ class BlockQuantizer:
             refit_final_norm(model, self._dense, self._stream, self._resources.workers)
 
     def _observe(self, site: Site, passes: BlockPasses, dense: DensePass | None) -> list[Fold]:
-        return observe(site, passes, dense, self._resources.workers)
+        return observe(site, passes, dense, self._resources.workers, rounded=self._fast)
 
     def _solve(self, site: Site, view: LayerView, folds: list[Fold] | None) -> Iterator[Finished]:
         """Quantize the layers of a site in place; those with a bias and those without are solved apart."""

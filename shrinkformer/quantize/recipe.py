@@ -16,12 +16,14 @@ class Recipe:
         by_activity: Round columns with a large second moment first.
         search: Search the ranges of grids, with both signs of symmetric scales; otherwise take minimum and maximum.
         static: Fit all grids beforehand; otherwise each when its first column is due, to what it has become by then.
+        attempts: Sizes of grids that are tried by rounding ahead, at most; each row keeps its best.
         rounds: Of refitted scales and coordinate descent, after rounding.
         sweeps: Of coordinate descent in one round, at most.
         sequential: Every layer sees inputs from quantized layers of its own block too; otherwise of earlier blocks.
         correct: Aim at the dense model's outputs given the quantized model's inputs, and let biases take up means.
         output_aware: Weigh errors by what they do to the model's predictions, and let later outputs of a layer make up
             for the errors of earlier ones; needs the whole model in memory, otherwise it is left out.
+        fast: Let processors round what goes into products while examples pass, where the bits are few.
         damping: Of the second moments, relative to their mean diagonal.
     """
 
@@ -30,11 +32,13 @@ class Recipe:
     by_activity: bool = True
     search: bool = True
     static: bool = True
-    rounds: int = 1
+    attempts: int = 16
+    rounds: int = 2
     sweeps: int = 1
     sequential: bool = True
     correct: bool = True
     output_aware: bool = True
+    fast: bool = True
     damping: float = 0.01
 
 
@@ -48,19 +52,23 @@ RECIPES = {
             by_activity=False,
             search=False,
             static=False,
+            attempts=1,
             rounds=0,
             sequential=False,
             correct=False,
             output_aware=False,
+            fast=False,
         ),
         Recipe(
             "rtn",
             look_ahead=False,
             search=False,
+            attempts=1,
             rounds=0,
             sequential=False,
             correct=False,
             output_aware=False,
+            fast=False,
         ),
     )
 }

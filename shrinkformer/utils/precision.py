@@ -1,0 +1,50 @@
+"""How exact the products of matrices are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Switch autocast, TF32 (CUDA) and bfloat16 shortcuts (CPU) off inside, and leave every flag as it was."""
+    with _products("ieee", "ieee"), torch.autocast(device.type, enabled=False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Let processors round what goes into products, to TF32 (CUDA) or bfloat16 (CPU); sums and results stay float32.
+
+    After :func:`round_rows`, such products are exact. Where a processor has no units for them, nothing changes.
+    """
+    with _products("tf32", "bf16"), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def round_rows(rows: Tensor) -> Tensor:
+    """Rows in float32 with the precision of bfloat16."""
+    return rows.bfloat16().float()
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    """Let models compute in bfloat16 where that is fast, with float32 weights and sums."""
+    fast = device.type != "cpu" or getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+@contextmanager
+def _products(cuda: str, cpu: str) -> Iterator[None]:
+    mkldnn: Any = torch.backends.mkldnn  # its stub does not know matmul
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend, precision in zip(backends, (cuda, cpu), strict=True):
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
