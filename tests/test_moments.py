@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shrinkformer.errors import InputError, NumericalError
 from shrinkformer.prune.interpolative import pivoted_cholesky
 from shrinkformer.prune.moments import Moments
+from shrinkformer.utils.precision import fast_products, round_rows
 
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -227,3 +228,22 @@ def test_cuda_agrees_with_cpu(dtype):
         torch.set_float32_matmul_precision("highest")
     exact = Z.double().T @ Z.double()
     assert relative(moments.second.cpu(), exact) < (1e-13 if dtype == torch.float64 else 3e-7)
+
+
+def test_fast_products_of_rounded_rows_are_exact():
+    """A column that hardly varies about a large mean would be lost if rows and sums were rounded apart."""
+    generator = torch.Generator().manual_seed(0)
+    Z = torch.randn(2000, 24, generator=generator) * 0.1
+    Z[:, 0] += 7.0
+    rounded = round_rows(Z)
+    moments = collect(rounded, precision="fast")
+    assert relative(moments.second, rounded.double().T @ rounded.double()) < 1e-6
+    assert float(torch.linalg.eigvalsh(moments.covariance()).min()) > 0
+    assert relative(moments.second, Z.double().T @ Z.double()) < 1e-2
+
+
+def test_fast_products_leave_flags_alone():
+    flags = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    with fast_products(torch.device("cpu")):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == flags

@@ -1,6 +1,7 @@
 """Grids and codes against brute force, and what must hold for every weight."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from shrinkformer.errors import InputError
 from shrinkformer.quantize.grid import Grid, QuantizedWeight, fit_grid, storable
-from shrinkformer.quantize.layer import quantize_weight
+from shrinkformer.quantize.layer import quantize_weight, quantize_weights
 from shrinkformer.quantize.recipe import RECIPES
 from shrinkformer.quantize.scheme import BITS, Scheme
 from shrinkformer.quantize.solver import Hessian, descend, output_error, refit_scales, round_ahead, round_following
@@ -191,6 +192,32 @@ class TestCodes:
         assert found.error <= found.nearest_error * (1 + 1e-4)
         assert int(found.weight.codes.max()) <= scheme.highest
         assert found.weight.codes.shape == wanted.shape
+
+    def test_more_attempts_are_better_row_by_row(self) -> None:
+        wanted, prepared = weight(24, 64), Hessian.of(second(64))
+        recipe = replace(RECIPES["shrink"], rounds=0)
+        errors = []
+        for attempts in (1, 5, 17):  # odd numbers try the size that one attempt has
+            found = quantize_weight(
+                wanted, prepared, Scheme(3, 16), replace(recipe, attempts=attempts), dtype=HALF
+            ).weight
+            errors.append(output_error(wanted - found.decode(), prepared.damped))
+        assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+        assert (errors[2] <= errors[1] * (1 + 1e-5)).all()
+        assert float(errors[2].sum()) < 0.95 * float(errors[0].sum())
+
+    def test_layers_with_one_input_are_solved_as_if_alone(self) -> None:
+        parts, prepared = [weight(8, 64, seed) for seed in range(3)], Hessian.of(second(64))
+        metrics = [second(8, seed).float() for seed in range(3)]
+        for given_metrics in (None, metrics):
+            together = quantize_weights(
+                parts, prepared, Scheme(3, 16), RECIPES["shrink"], dtype=HALF, metrics=given_metrics
+            )
+            for index, (part, found) in enumerate(zip(parts, together, strict=True)):
+                metric = None if given_metrics is None else given_metrics[index]
+                alone = quantize_weight(part, prepared, Scheme(3, 16), RECIPES["shrink"], dtype=HALF, metric=metric)
+                assert torch.equal(found.weight.codes, alone.weight.codes)
+                assert found.error == pytest.approx(alone.error)
 
     def test_more_bits_and_smaller_groups_are_better(self) -> None:
         wanted, prepared = weight(32, 64), Hessian.of(second(64))
