@@ -32,8 +32,13 @@ from shrinkformer.prune.resume import fingerprint
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.quantizer import quantize_
 
-OURS = ("shrink", "gptq", "rtn")
-SYMMETRIC = {"shrink": True, "gptq": False, "rtn": False}  # the last two as their authors run them
+OURS = ("shrink", "shrink-asym", "gptq", "rtn")
+SYMMETRIC = {
+    "shrink": True,
+    "shrink-asym": False,
+    "gptq": False,
+    "rtn": False,
+}  # the last two as their authors run them
 
 BUNDLED = Path("models")
 LENGTH = 512
@@ -133,7 +138,8 @@ def quantize_ours(model: PreTrainedModel, ids: Tensor, quantizer: str, bits: int
         bits: Of a code.
         group_size: Inputs that share a scale; -1 for one scale per output.
     """
-    config = QuantizeConfig(bits=bits, group_size=group_size, symmetric=SYMMETRIC[quantizer], quantizer=quantizer)
+    name = quantizer.removesuffix("-asym")
+    config = QuantizeConfig(bits=bits, group_size=group_size, symmetric=SYMMETRIC[quantizer], quantizer=name)
     quantize_(model, as_batches(ids, BATCH), config)
 
 
@@ -242,10 +248,10 @@ def table(rows: Sequence[Record], corpora: Sequence[str], quantizers: Sequence[s
             lines.append(f"| {quantizer} | " + " | ".join(cells) + " |")
     for gradient, label in ((False, "best peer"), (True, "best peer that trains")):
         peers = [means[name] for name in means if name in PEERS and PEERS[name].gradient == gradient]
-        if "shrink" in means and peers:
+        for ours in (name for name in ("shrink", "shrink-asym") if name in means and peers):
             best = {name: min(peer[name] for peer in peers) for name in columns}
-            ratios = [f"{means['shrink'][name] / best[name]:.3f}" for name in columns]
-            lines.append(f"| shrink / {label} | " + " | ".join(ratios) + " | | | |")
+            ratios = [f"{means[ours][name] / best[name]:.3f}" for name in columns]
+            lines.append(f"| {ours} / {label} | " + " | ".join(ratios) + " | | | |")
     return "\n".join(lines)
 
 
