@@ -15,6 +15,9 @@ GIB = 2**30
 
 _FLOAT32, _FLOAT64 = 4, 8
 
+_QUANTIZING_COPIES = 9
+"""Rows as wide as a hidden state: those of both models, six kinds from the dense block, and attention's result."""
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -33,7 +36,14 @@ class Footprint:
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, tokens: int, batch_size: int, length: float, dtype: torch.dtype = torch.float32
+        cls,
+        model: PreTrainedModel,
+        tokens: int,
+        batch_size: int,
+        length: float,
+        dtype: torch.dtype = torch.float32,
+        *,
+        quantizes: bool = False,
     ) -> Self:
         """Predict from shapes.
 
@@ -43,6 +53,7 @@ class Footprint:
             batch_size: Examples per forward pass.
             length: Their length in tokens.
             dtype: Of weights and hidden states.
+            quantizes: Blocks are quantized, too.
         """
         views, size = layer_views(model), dtype.itemsize
         blocks = [block_weights(view.heads, view.neurons, view) for view in views]
@@ -52,14 +63,20 @@ class Footprint:
         hidden = size * tokens * views[0].hidden_size
         # A pivoted Cholesky factorisation and a refit hold the moments, a factor and copies of both.
         working = 3 * max(moments)
+        copies = 2
+        if quantizes:
+            # Moments of two halves and their sum, and as many cross moments with what two parts of outputs lack.
+            cross = _FLOAT64 * views[0].hidden_size * max(view.neurons for view in views)
+            working = max(working, 6 * max(moments) + 6 * cross)
+            copies = _QUANTIZING_COPIES
         logits = model.config.vocab_size if model.get_output_embeddings() is not None else 0
         widest = max(logits, 4 * max(view.neurons for view in views))
         activations = int((size + _FLOAT32) * batch_size * length * widest)
         return cls(
-            resident=2 * size * weights + sum(moments) + working + 2 * hidden + activations,
+            resident=2 * size * weights + sum(moments) + working + copies * hidden + activations,
             # A block as read, its copy to prune, and a file of finished blocks.
             streamed=size * (outside + 3 * max(blocks)) + max(moments) + working + activations // batch_size,
-            spilled=sum(moments) + 2 * hidden,
+            spilled=sum(moments) + copies * hidden,
         )
 
 

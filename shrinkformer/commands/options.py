@@ -63,6 +63,11 @@ class PruneOptions:
         return getattr(self, "sequence_length", None)
 
     @property
+    def quantizes(self) -> bool:
+        """Whether blocks are quantized, which takes more memory."""
+        return False
+
+    @property
     def calibrates(self) -> bool:
         """Whether examples are needed."""
         return any(mu < 1 for mu in self.mu)

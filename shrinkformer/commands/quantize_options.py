@@ -47,6 +47,11 @@ class QuantizeFlags:
         """Whether examples are needed; they also check what was saved."""
         return True
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether blocks are quantized, which takes more memory."""
+        return True
+
     def quantization(self, scale_dtype: torch.dtype) -> QuantizeConfig:
         """As the library takes it."""
         return QuantizeConfig(

@@ -139,7 +139,14 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
             f"--model_name {job.source.name}: it is quantized already; pass the float checkpoint it was made from."
         )
     shapes = empty_model(job.source, job.chosen)
-    footprint = Footprint.of(shapes, count_tokens(job.batches), options.batch_size, job.sequence_length, job.dtype)
+    footprint = Footprint.of(
+        shapes,
+        count_tokens(job.batches),
+        options.batch_size,
+        job.sequence_length,
+        job.dtype,
+        quantizes=options.quantizes,
+    )
     limit = available_bytes(job.device) * 0.8 if options.max_memory is None else options.max_memory * GIB
     lazily = job.workers.broadcast(footprint.resident > limit)  # what is free differs from moment to moment
     if lazily and job.whole:
