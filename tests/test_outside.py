@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from shrinkformer.errors import InputError
+from shrinkformer.prune.streamed import tied_weights
 from shrinkformer.quantize.checkpoint import load, save
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.formats import FORMATS
-from shrinkformer.quantize.outside import Outside, require_outside, tied_weights
+from shrinkformer.quantize.outside import Outside, require_outside
 from shrinkformer.quantize.quantizer import quantize_
 from shrinkformer.quantize.scheme import Scheme
 from tests.conftest import FAMILIES, build_model, make_batches

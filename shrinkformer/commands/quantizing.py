@@ -16,14 +16,13 @@ from shrinkformer.commands.locate import empty_model, load_model, model_class
 from shrinkformer.commands.pruning import round_weights
 from shrinkformer.commands.quantize_options import QuantizeOptions
 from shrinkformer.commands.report import Measured, Run
-from shrinkformer.commands.session import Job, Session, measure, open_blocks, run_job, weight_files
+from shrinkformer.commands.session import Job, Session, measure, run_job
 from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import Pruned, timed
-from shrinkformer.prune.resume import fingerprint
 from shrinkformer.prune.statistics import Progress
 from shrinkformer.quantize.checkpoint import ONNX, load, save
 from shrinkformer.quantize.config import Quantized
@@ -166,10 +165,8 @@ def _open_store(session: Session, budget: Budget) -> QuantizedBlocks:
     """Where finished blocks are kept until they are in a checkpoint."""
     job, options = session.job, _options(session)
     target = next(iter(_targets(session, budget).values()))
-    base = target if options.offload_dir is None else options.offload_dir / target.name
     asked = (options.quantization(job.source.dtype), budget, options.method, options.seed, session.lazily)
-    key = fingerprint(session.model, job.batches, weight_files(job)) + str(asked)
-    return open_blocks(QuantizedBlocks, base.with_name(f"{base.name}.blocks"), key, job, options)
+    return session.open_blocks(QuantizedBlocks, target, "blocks", str(asked))
 
 
 def _clear(store: QuantizedBlocks, job: Job) -> None:

@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,6 +99,35 @@ class Session:
             return options.output_dir / name
         return options.save_dir if len(options.mu) == 1 else options.save_dir / f"mu{budget.mu:g}"
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the dense model's weights and the calibration examples."""
+        location = Path(self.job.source.location)
+        files = sorted(location.glob("*.safetensors")) if location.is_dir() else []
+        return fingerprint(self.model, self.job.batches, files)
+
+    def open_blocks(self, kind: Callable[..., Blocks], target: Path, suffix: str, asked: str = "") -> Blocks:
+        """Open a place for finished blocks, and with ``--resume`` take up those of an interrupted run.
+
+        Args:
+            kind: A kind of :class:`~shrinkformer.prune.resume.BlockFiles`.
+            target: What the blocks are for; they lie beside it, or below the folder for large data.
+            suffix: Tells them from it.
+            asked: What they depend on beside the model and the examples.
+
+        Raises:
+            InputError: What is there depends on something else.
+        """
+        job, options, key = self.job, self.options, self.fingerprint + asked
+        base = target if options.offload_dir is None else options.offload_dir / target.name
+        folder = base.with_name(f"{base.name}.{suffix}")
+        if folder.exists() and not options.resume:
+            job.say(f"starting anew; --resume would take up what an interrupted run left in {folder}")
+        if job.workers.is_main:
+            kind(folder, key, resume=options.resume)  # deletes what is not to be taken up, before others look
+        job.workers.barrier()
+        return kind(folder, key, resume=True)
+
     def run(self, budget: Budget, seconds: dict[str, float], **found: Any) -> Run:
         """The report on one budget: what was asked for, beside what a step found."""
         job, options = self.job, self.options
@@ -183,42 +213,11 @@ def _start(job: Job, options: PruneOptions, seconds: dict[str, float], *, lazily
         offload = None
         if lazily:
             offload = Offload(options.offload_dir or (options.output_dir / job.stem).parent, int(limit / 4))
-        store = _open_store(job, options, model) if any(mu < 1 for mu in options.mu) else None
-    return Session(job, options, model, Resources(weights, offload, store, job.workers), seconds)
-
-
-def _open_store(job: Job, options: PruneOptions, model: PreTrainedModel) -> BlockStore:
-    """Where finished blocks of the calibration are kept until the run is over."""
-    base = options.output_dir / job.folder if options.offload_dir is None else options.offload_dir / job.folder.name
-    key = fingerprint(model, job.batches, weight_files(job))
-    return open_blocks(BlockStore, base.with_name(f"{base.name}.resume"), key, job, options)
-
-
-def weight_files(job: Job) -> list[Path]:
-    """The files that hold the weights of the dense model; none where they come from the hub."""
-    location = Path(job.source.location)
-    return sorted(location.glob("*.safetensors")) if location.is_dir() else []
-
-
-def open_blocks(kind: Callable[..., Blocks], folder: Path, key: str, job: Job, options: PruneOptions) -> Blocks:
-    """Open a place for finished blocks, and with ``--resume`` take up those of an interrupted run.
-
-    Args:
-        kind: A kind of :class:`~shrinkformer.prune.resume.BlockFiles`.
-        folder: Where it is.
-        key: Fingerprint of all that the blocks depend on.
-        job: The job.
-        options: Of the command.
-
-    Raises:
-        InputError: What is there depends on something else.
-    """
-    if folder.exists() and not options.resume:
-        job.say(f"starting anew; --resume would take up what an interrupted run left in {folder}")
-    if job.workers.is_main:
-        kind(folder, key, resume=options.resume)  # deletes what is not to be taken up, before others look
-    job.workers.barrier()
-    return kind(folder, key, resume=True)
+        session = Session(job, options, model, Resources(weights, offload, None, job.workers), seconds)
+        if any(mu < 1 for mu in options.mu):
+            store = session.open_blocks(BlockStore, options.output_dir / job.folder, "resume")
+            session.resources = replace(session.resources, store=store)
+    return session
 
 
 def _calibrate(session: Session) -> None:

@@ -142,11 +142,7 @@ class Moments:
         if rows.shape[0] == 0:
             return
         safe = self._check_range(rows)
-        if self.precision == "fast":
-            with fast_products(self.device), torch.no_grad():
-                self._add(rows.to(self.device, torch.float32))
-            return
-        with exact_products(self.device):
+        with fast_products(self.device) if self.precision == "fast" else exact_products(self.device):
             for start in range(0, rows.shape[0], _BATCH_ROWS):
                 batch = rows[start : start + _BATCH_ROWS]
                 self._add(batch.to(self.device, self._product_dtype(batch, safe)).contiguous())

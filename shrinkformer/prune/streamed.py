@@ -80,9 +80,14 @@ def block_prefix(model: PreTrainedModel) -> str:
     return names[first].removesuffix("0")
 
 
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Names of weights that are also others, with the names of those."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def outside_blocks(model: PreTrainedModel, prefix: str) -> dict[str, Tensor]:
     """Everything but the blocks; of weights that are the same, one."""
-    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = tied_weights(model)
     tensors = model.state_dict()
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix) and name not in tied}
 

@@ -18,12 +18,11 @@ from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.prune import checkpoint, pruned_modeling
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.shards import ShardWriter
-from shrinkformer.prune.streamed import add_tensors
+from shrinkformer.prune.streamed import add_tensors, tied_weights
 from shrinkformer.quantize.formats import FLOAT, FORMATS
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layout import Format
 from shrinkformer.quantize.onnx_export import export_onnx
-from shrinkformer.quantize.outside import tied_weights
 from shrinkformer.quantize.reading import read_quantized_state_dict
 from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.utils.inputs import accepted_inputs
@@ -148,7 +147,7 @@ def add_weights(
     for name, weight in weights.items():
         for stored, tensor in format.tensors(name, weight, dtype).items():
             transposed = stored.endswith(".weight") and _is_transposed(model, name)
-            writer.add(stored, tensor.T.contiguous() if transposed else tensor.clone())  # one matrix may have two names
+            writer.add(stored, tensor.T.contiguous() if transposed else tensor)
 
 
 def finish_folder(

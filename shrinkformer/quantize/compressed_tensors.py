@@ -40,7 +40,7 @@ def _tensors(name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str
     grid = weight.grid
     written = {
         f"{name}.weight_packed": pack(weight.codes, grid.scheme.bits),
-        f"{name}.weight_scale": grid.scale.to(dtype).contiguous(),
+        f"{name}.weight_scale": grid.scale.to(dtype, copy=True).contiguous(),  # one matrix may have two names
         f"{name}.weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
     }
     if not grid.scheme.symmetric:

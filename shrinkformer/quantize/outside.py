@@ -1,9 +1,6 @@
 """What stands before and behind the blocks, quantized by choice: token embeddings, and the layers of the head."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +11,14 @@ from shrinkformer.errors import InputError
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import token_rows
+from shrinkformer.prune.streamed import tied_weights
 from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
 from shrinkformer.quantize.layer import quantize_weight
+from shrinkformer.quantize.passes import watched
 from shrinkformer.quantize.sites import EMBEDDINGS, HEAD
 from shrinkformer.quantize.solver import Hessian
 from shrinkformer.utils.inputs import accepted_inputs
 from shrinkformer.utils.parallel import ALONE, Workers
-
-
-def tied_weights(model: PreTrainedModel) -> dict[str, str]:
-    """Names of weights that are also others, with the names of those."""
-    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def require_outside(model: PreTrainedModel, config: QuantizeConfig) -> None:
@@ -64,12 +58,6 @@ class Outside:
         self, model: PreTrainedModel, batches: Batches, config: QuantizeConfig, workers: Workers = ALONE
     ) -> None:
         self._model, self._batches, self._config, self._workers = model, batches, config, workers
-        keys = tied_weights(model)
-        self._partners = {
-            name.removesuffix(".weight"): other.removesuffix(".weight")
-            for pair in keys.items()
-            for name, other in (pair, pair[::-1])
-        }
 
     @torch.no_grad()
     def before(self, into: Quantized) -> None:
@@ -80,10 +68,10 @@ class Outside:
         if EMBEDDINGS not in self._config.also:
             return
         for name in _layers(self._model, EMBEDDINGS):
-            partner = self._partners.get(name)
-            heads = [partner] if partner in _layers(self._model, HEAD) else []
-            second = self._inputs(heads).get(partner or "") if heads and self._config.recipe.look_ahead else None
-            if second is not None:
+            matrix, second = self._model.get_submodule(name).weight, None
+            heads = [head for head in _layers(self._model, HEAD) if self._model.get_submodule(head).weight is matrix]
+            if heads and self._config.recipe.look_ahead:
+                second = self._inputs(heads)[heads[0]]
                 second = second / second.diagonal().mean().clamp(min=1e-30)
                 second.diagonal().add_(1.0)
             self._solve(name, second, into)
@@ -120,29 +108,15 @@ class Outside:
         device = self._model.device
         moments = {name: Moments.zeros(_weight(layer).shape[1], device) for name, layer in layers.items()}
         for batch in self._workers.share(self._batches):
-            with _recorded(layers, moments, batch["attention_mask"].bool().to(device)):
+            mask = batch["attention_mask"].bool().to(device)
+            with watched(layers) as seen:
                 self._model(**accepted_inputs(self._model, batch))
+            for name, given in seen.inputs.items():  # of tokens, or pooled: one row for each example
+                whole = given.shape[:2] == mask.shape
+                moments[name].update(token_rows(given, mask) if whole else given.reshape(-1, given.shape[-1]))
         for one in moments.values():
             one.all_reduce()
         return {name: one.second for name, one in moments.items() if one.count}
-
-
-@contextmanager
-def _recorded(layers: Mapping[str, nn.Module], moments: Mapping[str, Moments], mask: Tensor) -> Iterator[None]:
-    """Add what goes into layers to moments: tokens, or where there is one row for each example, these."""
-
-    def hook_for(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            given = args[0]
-            whole = given.shape[:2] == mask.shape
-            moments[name].update(token_rows(given, mask) if whole else given.reshape(-1, given.shape[-1]))
-
-        return hook
-
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(hook_for(name)).remove)
-        yield
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -147,16 +147,18 @@ class BlockQuantizer:
 
     def weigh_outputs(self, model: PreTrainedModel, batches: Batches) -> None:
         """Learn how much errors of each layer's outputs matter; the whole model must be in memory."""
-        blocks = layer_views(model)
-        done = self._store is not None and all(self._store.holds(view.index) for view in blocks)
-        if self._recipe.output_aware and not self._resources.workers.broadcast(done):
-            layers = {
-                (view.index, path): view.linear(path).module
-                for view in blocks
-                for site in self._sites
-                for path in site.paths
-            }
-            self._metrics = output_metrics(model, layers, batches, workers=self._resources.workers)
+        store, workers = self._store, self._resources.workers
+        finished = {view.index for view in layer_views(model) if store is not None and store.holds(view.index)}
+        finished = workers.broadcast(finished)
+        layers = {
+            (view.index, path): view.linear(path).module
+            for view in layer_views(model)
+            for site in self._sites
+            for path in site.paths
+            if view.index not in finished
+        }
+        if self._recipe.output_aware and layers:
+            self._metrics = output_metrics(model, layers, batches, workers=workers)
 
     @torch.no_grad()
     def quantize(self, view: LayerView, aim: LayerView) -> list[Finished]:

@@ -1,6 +1,6 @@
 """What is done to find good codes. The storage, and so the size, is the same whatever is done."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shrinkformer.errors import InputError
 
@@ -42,36 +42,21 @@ class Recipe:
     damping: float = 0.01
 
 
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("shrink"),
-        # As published: Frantar et al., arXiv 2210.17323, with the defaults of its code.
-        Recipe(
-            "gptq",
-            by_activity=False,
-            search=False,
-            static=False,
-            attempts=1,
-            rounds=0,
-            sequential=False,
-            correct=False,
-            output_aware=False,
-            fast=False,
-        ),
-        Recipe(
-            "rtn",
-            look_ahead=False,
-            search=False,
-            attempts=1,
-            rounds=0,
-            sequential=False,
-            correct=False,
-            output_aware=False,
-            fast=False,
-        ),
-    )
-}
+# As published: Frantar et al., arXiv 2210.17323, with the defaults of its code.
+_GPTQ = Recipe(
+    "gptq",
+    by_activity=False,
+    search=False,
+    static=False,
+    attempts=1,
+    rounds=0,
+    sequential=False,
+    correct=False,
+    output_aware=False,
+    fast=False,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (Recipe("shrink"), _GPTQ, replace(_GPTQ, name="rtn", look_ahead=False))}
 
 DEFAULT_QUANTIZER = "shrink"
 

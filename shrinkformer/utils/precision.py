@@ -11,7 +11,7 @@ from torch import Tensor
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """Switch autocast, TF32 (CUDA) and bfloat16 shortcuts (CPU) off inside, and leave every flag as it was."""
-    with _products("ieee", "ieee"), torch.autocast(device.type, enabled=False), torch.no_grad():
+    with _products("ieee", "ieee", device):
         yield
 
 
@@ -21,7 +21,7 @@ def fast_products(device: torch.device) -> Iterator[None]:
 
     After :func:`round_rows`, such products are exact. Where a processor has no units for them, nothing changes.
     """
-    with _products("tf32", "bf16"), torch.autocast(device.type, enabled=False):
+    with _products("tf32", "bf16", device):
         yield
 
 
@@ -37,14 +37,16 @@ def half_precision(device: torch.device) -> torch.autocast:
 
 
 @contextmanager
-def _products(cuda: str, cpu: str) -> Iterator[None]:
+def _products(cuda: str, cpu: str, device: torch.device) -> Iterator[None]:
+    """Products outside autocast and without gradients."""
     mkldnn: Any = torch.backends.mkldnn  # its stub does not know matmul
     backends = (torch.backends.cuda.matmul, mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend, precision in zip(backends, (cuda, cpu), strict=True):
             backend.fp32_precision = precision
-        yield
+        with torch.autocast(device.type, enabled=False), torch.no_grad():
+            yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
