@@ -24,9 +24,9 @@ from shrinkformer.errors import BudgetError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.pruner import Calibrated, calibrate
 from shrinkformer.prune.resume import fingerprint
+from shrinkformer.prune.sites import block_sites
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.quantizer import quantize_
-from shrinkformer.quantize.sites import block_sites
 
 SCOPES = ("attention", "ffn")
 PRUNED, SMALLER = "pruned, then 4 bits", "pruned alone"

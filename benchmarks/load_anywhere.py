@@ -27,12 +27,12 @@ from shrinkformer.errors import InputError
 from shrinkformer.prune.checkpoint import complete, describe
 from shrinkformer.prune.pruned_modeling import resize_model
 from shrinkformer.prune.shards import ShardWriter
+from shrinkformer.prune.sites import block_sites
 from shrinkformer.quantize.formats import FORMATS
 from shrinkformer.quantize.grid import QuantizedWeight, fit_grid
 from shrinkformer.quantize.layout import Format
 from shrinkformer.quantize.reading import read_quantized_state_dict
 from shrinkformer.quantize.scheme import Scheme
-from shrinkformer.quantize.sites import block_sites
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100}
 

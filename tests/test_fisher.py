@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shrinkformer.architectures import layer_views
-from shrinkformer.quantize.fisher import output_metrics
+from shrinkformer.prune.fisher import output_metrics
 from shrinkformer.quantize.grid import fit_grid
 from shrinkformer.quantize.layer import quantize_weight
 from shrinkformer.quantize.recipe import RECIPES

@@ -10,12 +10,12 @@ import torch
 from shrinkformer.architectures import Projection, layer_views
 from shrinkformer.errors import InputError, ShrinkformerError
 from shrinkformer.prune.pruner import prune_model
+from shrinkformer.prune.sites import block_sites
 from shrinkformer.quantize import onnx_export
 from shrinkformer.quantize.grid import Grid, QuantizedWeight, fit_grid
 from shrinkformer.quantize.matmul_nbits import as_nodes, pack
 from shrinkformer.quantize.onnx_export import export_onnx
 from shrinkformer.quantize.scheme import WHOLE_ROW, Scheme
-from shrinkformer.quantize.sites import block_sites
 from tests.conftest import build_model, make_batches
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -9,12 +9,12 @@ import torch
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.errors import InputError
+from shrinkformer.prune.passes import BlockPasses, DensePass
 from shrinkformer.prune.pruner import prune_model
+from shrinkformer.prune.sites import block_sites
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.quantize.config import QuantizeConfig
-from shrinkformer.quantize.passes import BlockPasses, DensePass
 from shrinkformer.quantize.quantizer import quantize_
-from shrinkformer.quantize.sites import block_sites
 from tests.conftest import FAMILIES, build_model, make_batches
 
 BATCHES = make_batches([3 + index % 18 for index in range(48)], batch_size=8)

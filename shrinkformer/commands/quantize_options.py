@@ -6,11 +6,11 @@ import torch
 
 from shrinkformer.commands.options import DecoderOptions, EncoderOptions, option
 from shrinkformer.errors import InputError
+from shrinkformer.prune.sites import OUTSIDE, SCOPES
 from shrinkformer.quantize.checkpoint import ALL_FORMATS, DEFAULT_FORMAT
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, RECIPES
 from shrinkformer.quantize.scheme import BITS
-from shrinkformer.quantize.sites import OUTSIDE, SCOPES
 
 
 @dataclass(frozen=True)

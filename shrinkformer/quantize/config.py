@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 import torch
 
 from shrinkformer.errors import InputError
+from shrinkformer.prune.sites import OUTSIDE, SCOPES
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, Recipe, get_recipe
 from shrinkformer.quantize.scheme import Scheme
-from shrinkformer.quantize.sites import OUTSIDE, SCOPES
 
 _FEW_BITS = 4
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from shrinkformer.prune.moments import Moments
-from shrinkformer.quantize.passes import BlockPasses, DensePass
-from shrinkformer.quantize.sites import Site
+from shrinkformer.prune.passes import BlockPasses, DensePass
+from shrinkformer.prune.sites import Site
 from shrinkformer.utils.parallel import Workers
 from shrinkformer.utils.precision import fast_products, half_precision, round_rows
 

@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 from shrinkformer.architectures import layer_views
 from shrinkformer.errors import InputError
 from shrinkformer.prune.moments import Moments
+from shrinkformer.prune.passes import watched
+from shrinkformer.prune.sites import EMBEDDINGS, HEAD
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import token_rows
 from shrinkformer.prune.streamed import tied_weights
 from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
 from shrinkformer.quantize.layer import quantize_weight
-from shrinkformer.quantize.passes import watched
-from shrinkformer.quantize.sites import EMBEDDINGS, HEAD
 from shrinkformer.quantize.solver import Hessian
 from shrinkformer.utils.inputs import accepted_inputs
 from shrinkformer.utils.parallel import ALONE, Workers

@@ -12,19 +12,19 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import LayerView, Projection, layer_views
 from shrinkformer.errors import InputError
+from shrinkformer.prune.fisher import output_metrics
+from shrinkformer.prune.passes import BlockPasses, DensePass
 from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.sites import Site, block_sites
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
 from shrinkformer.quantize.final_norm import refit_final_norm
-from shrinkformer.quantize.fisher import output_metrics
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layer import quantize_weights
 from shrinkformer.quantize.observe import Fold, merged, observe
 from shrinkformer.quantize.outside import Outside, require_outside
-from shrinkformer.quantize.passes import BlockPasses, DensePass
 from shrinkformer.quantize.resume import Finished, QuantizedBlocks
-from shrinkformer.quantize.sites import Site, block_sites
 from shrinkformer.quantize.solver import Hessian
 from shrinkformer.quantize.target import Target, correct
 from shrinkformer.utils.precision import half_precision

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from shrinkformer.architectures import LayerView, Projection
 from shrinkformer.prune.hidden import HiddenStates, Offload, hidden_states
+from shrinkformer.prune.sites import Site
 from shrinkformer.prune.stream import BlockStream, token_rows
-from shrinkformer.quantize.sites import Site
 
 
 class _Reached(Exception):  # noqa: N818
