@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.errors import InputError
+from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.checkpoint import complete, describe
 from shrinkformer.prune.pruned_modeling import resize_model
 from shrinkformer.prune.shards import ShardWriter
@@ -108,7 +109,8 @@ def build(case: Case) -> PreTrainedModel:
     model: PreTrainedModel = getattr(transformers, f"{stem}{head}")(config)
     if case.pruned:
         pruned = PRUNED_GROUPED if case.model == "llama" else PRUNED
-        describe(config, pruned, layer_views(model)[0].head_size, None)
+        dense = zip(layer_sizes(layer_views(model)), pruned, strict=True)
+        describe(config, [replace(size, heads=heads, neurons=neurons) for size, (heads, neurons) in dense], None)
         resize_model(model, config)
         for module in model.modules():
             if isinstance(module, nn.Linear):

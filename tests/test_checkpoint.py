@@ -117,7 +117,7 @@ def test_the_folder_holds_what_others_expect(pruned: Pruned, tmp_path: Path) -> 
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert config["shrinkformer"]["plan"]["mu"] == 0.5
     assert config["shrinkformer"]["layers"] == [
-        {"heads": heads, "neurons": neurons}
+        {"heads": heads, "neurons": neurons, "query_width": 8, "value_width": 8}
         for heads, neurons in zip(pruned.plan.heads, pruned.plan.neurons, strict=True)
     ]
     assert Plan.from_json((folder / "shrinkformer_plan.json").read_text()) == pruned.plan

@@ -21,6 +21,7 @@ class AttentionRecord:
             "" where each has its own.
         fused: How the rows of one layer for query, key and value lie: ``"by_part"`` (all queries, all keys, all
             values), ``"by_head"`` (query, key and value of the first head, then of the second), or "" for three layers.
+        rotary: Queries and keys are rotated by position, or normed, so that their entries cannot be mixed.
     """
 
     module: str
@@ -33,6 +34,7 @@ class AttentionRecord:
     width_attributes: tuple[str, ...] = ()
     queries_attribute: str = ""
     fused: str = ""
+    rotary: bool = False
 
     @property
     def producers(self) -> tuple[str, ...]:

@@ -65,8 +65,22 @@ class LayerView:
 
     @property
     def head_size(self) -> int:
-        """Size of one query, key or value vector."""
+        """Size of one query, key or value vector; the widest of them where they differ."""
         return int(self._attention_attribute(self.architecture.attention.head_size_attribute))
+
+    @property
+    def query_width(self) -> int:
+        """Entries of a query or key vector that are computed; the others are zero."""
+        return self._width("query_width")
+
+    @property
+    def value_width(self) -> int:
+        """Entries of a value vector that are computed; the others are zero."""
+        return self._width("value_width")
+
+    def _width(self, name: str) -> int:
+        module = self.block.get_submodule(self.architecture.attention.module)
+        return int(getattr(module, name, self.head_size))
 
     @property
     def queries(self) -> int:
@@ -76,8 +90,8 @@ class LayerView:
 
     @property
     def head_width(self) -> int:
-        """Columns of the output projection that one head feeds: head size, times the queries that share it."""
-        return self.head_size * self.queries
+        """Columns of the output projection that one head feeds: values, times the queries that share them."""
+        return self.value_width * self.queries
 
     @property
     def heads(self) -> int:
@@ -86,9 +100,9 @@ class LayerView:
 
     @property
     def head_values(self) -> Tensor:
-        """Weights that make the values, ``(heads, head size, hidden size)``."""
+        """Weights that make the values, ``(heads, value width, hidden size)``."""
         weight = self.linear(self.architecture.attention.value).weight
-        by_head = (self.heads, self.head_size, -1)
+        by_head = (self.heads, self.value_width, -1)
         match self.architecture.attention.fused:
             case "by_part":
                 return weight.chunk(3)[2].reshape(by_head)
@@ -111,8 +125,11 @@ class LayerView:
             return {attention.query: torch.cat([columns + index * part for index in range(3)])}
         if attention.fused == "by_head":
             return {attention.query: unit_columns(kept, 3 * self.head_size)}
-        shared = unit_columns(kept, self.head_size)
-        return {attention.query: unit_columns(kept, self.head_width), attention.key: shared, attention.value: shared}
+        return {
+            attention.query: unit_columns(kept, self.query_width * self.queries),
+            attention.key: unit_columns(kept, self.query_width),
+            attention.value: unit_columns(kept, self.value_width),
+        }
 
     def _attention_attribute(self, name: str) -> int:
         return int(getattr(self.block.get_submodule(self.architecture.attention.module), name))

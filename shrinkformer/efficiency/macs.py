@@ -34,6 +34,22 @@ def head_macs(sequence_length: float, hidden_size: int, head_size: int, queries:
     return projections + 2 * queries * sequence_length**2 * head_size
 
 
+def attention_macs(sequence_length: float, hidden_size: int, layer: "LayerSize") -> float:
+    """MACs of one layer's attention for one sequence.
+
+    Queries and keys of width ``q`` and values of width ``v`` per head cost ``L d (1 + g) (q + v)``; both products with
+    the attention matrix are as wide as the wider of the two, ``2 g L^2 max(q, v)``, because the narrower is padded.
+
+    Args:
+        sequence_length: L, tokens.
+        hidden_size: d, width of the residual stream.
+        layer: Sizes of the layer; g is the number of queries that share a key and a value.
+    """
+    widths, queries = (layer.query_width, layer.value_width), layer.queries
+    projections = (1 + queries) * sequence_length * hidden_size * sum(widths)
+    return layer.heads * (projections + 2 * queries * sequence_length**2 * max(widths))
+
+
 def neuron_macs(sequence_length: float, hidden_size: int, gated: bool = False) -> float:
     """MACs of one feed-forward neuron for one sequence: 2 L d (in, out), 3 L d with a gate.
 
@@ -50,13 +66,29 @@ def neuron_macs(sequence_length: float, hidden_size: int, gated: bool = False) -
 
 @dataclass(frozen=True)
 class LayerSize:
-    """What one transformer layer keeps."""
+    """What one transformer layer keeps.
+
+    Attributes:
+        heads: Attention heads; with grouped queries, of keys and values.
+        head_size: Width of a head.
+        neurons: Feed-forward neurons.
+        gated: Whether a neuron has a gate.
+        queries: Query heads that share a key and a value head.
+        query_width: Width of a head's queries and keys; 0 stands for ``head_size``.
+        value_width: Width of a head's values; 0 stands for ``head_size``.
+    """
 
     heads: int
     head_size: int
     neurons: int
     gated: bool = False
     queries: int = 1
+    query_width: int = 0
+    value_width: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("query_width", "value_width"):
+            object.__setattr__(self, name, getattr(self, name) or self.head_size)
 
 
 def model_macs(layers: Sequence[LayerSize], hidden_size: int, sequence_length: float) -> float:
@@ -71,7 +103,7 @@ def model_macs(layers: Sequence[LayerSize], hidden_size: int, sequence_length: f
     11.173625856
     """
     return sum(
-        layer.heads * head_macs(sequence_length, hidden_size, layer.head_size, layer.queries)
+        attention_macs(sequence_length, hidden_size, layer)
         + layer.neurons * neuron_macs(sequence_length, hidden_size, layer.gated)
         for layer in layers
     )

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shrinkformer.architectures import LayerView
-from shrinkformer.efficiency.macs import LayerSize, head_macs, model_macs, neuron_macs
+from shrinkformer.efficiency.macs import LayerSize, attention_macs, model_macs, neuron_macs
 from shrinkformer.errors import BudgetError, InputError
 
 Scores = Sequence[NDArray[np.float64]]
@@ -84,8 +84,7 @@ class CostModel:
     @property
     def head(self) -> float:
         """MACs of one head."""
-        layer = self.layers[0]
-        return head_macs(self.budget.sequence_length, self.hidden_size, layer.head_size, layer.queries)
+        return attention_macs(self.budget.sequence_length, self.hidden_size, replace(self.layers[0], heads=1))
 
     @property
     def neuron(self) -> float:
@@ -94,11 +93,14 @@ class CostModel:
 
     def macs(self, counts: Counts) -> float:
         """MACs of what is kept."""
-        sizes = [
+        return model_macs(self.sizes(counts), self.hidden_size, self.budget.sequence_length)
+
+    def sizes(self, counts: Counts) -> list[LayerSize]:
+        """Sizes of the blocks when so much is kept."""
+        return [
             replace(layer, heads=heads, neurons=neurons)
             for heads, neurons, layer in zip(counts.heads, counts.neurons, self.layers, strict=True)
         ]
-        return model_macs(sizes, self.hidden_size, self.budget.sequence_length)
 
     def require_feasible(self) -> None:
         """Check that what every block must keep fits the budget.
@@ -118,7 +120,15 @@ class CostModel:
 def layer_sizes(views: Sequence[LayerView]) -> tuple[LayerSize, ...]:
     """Sizes of a model's blocks, read from its weights."""
     return tuple(
-        LayerSize(view.heads, view.head_size, view.neurons, view.architecture.feed_forward.gated, view.queries)
+        LayerSize(
+            view.heads,
+            view.head_size,
+            view.neurons,
+            view.architecture.feed_forward.gated,
+            view.queries,
+            view.query_width,
+            view.value_width,
+        )
         for view in views
     )
 

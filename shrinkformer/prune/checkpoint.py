@@ -21,8 +21,10 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shrinkformer.architectures import find_architecture, layer_views
+from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
+from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.plan import Plan
 
 FORMAT = 1
@@ -137,30 +139,30 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def describe_sizes(model: PreTrainedModel, plan: Plan | None = None) -> None:
     """Write the real size of every block, and where it came from, into ``model.config``."""
     views = layer_views(model)
-    describe(model.config, [(view.heads, view.neurons) for view in views], views[0].head_size, plan)
+    describe(model.config, layer_sizes(views), plan)
 
 
-def describe(config: PreTrainedConfig, sizes: Sequence[tuple[int, int]], head_size: int, plan: Plan | None) -> None:
+def describe(config: PreTrainedConfig, sizes: Sequence[LayerSize], plan: Plan | None) -> None:
     """Write the sizes of all blocks into a configuration, in place.
 
     Args:
         config: The configuration; transformers' own ``per_layer_config`` holds what it can say, the section
             ``shrinkformer`` all of it.
-        sizes: Heads and neurons of each block.
-        head_size: Size of a head.
+        sizes: Of each block.
         plan: Where the sizes came from.
     """
     architecture = find_architecture(config.model_type)
     keys = (architecture.heads_key, architecture.neurons_key)
     config.per_layer_config = {
-        index: {key: size for key, size in zip(keys, pair, strict=True) if key} for index, pair in enumerate(sizes)
+        index: {key: size for key, size in zip(keys, (layer.heads, layer.neurons), strict=True) if key}
+        for index, layer in enumerate(sizes)
     }
     section: dict[str, Any] = {
         **(getattr(config, "shrinkformer", None) or {}),
         "format": FORMAT,
         "architecture": architecture.to_dict(),
-        "head_size": head_size,
-        "layers": [{"heads": heads, "neurons": neurons} for heads, neurons in sizes],
+        "head_size": max(layer.head_size for layer in sizes),
+        "layers": [_sizes(layer) for layer in sizes],
         "versions": {
             "shrinkformer": importlib.metadata.version("shrinkformer"),
             "transformers": transformers.__version__,
@@ -178,6 +180,16 @@ def describe(config: PreTrainedConfig, sizes: Sequence[tuple[int, int]], head_si
             "heads": [list(layer.heads) for layer in plan.layers],  # which; neurons stand in the plan's own file
         }
     config.shrinkformer = section
+
+
+def _sizes(layer: LayerSize) -> dict[str, int]:
+    """What ``pruned_modeling.set_block_sizes`` needs to know of a block beside its stock class."""
+    return {
+        "heads": layer.heads,
+        "neurons": layer.neurons,
+        "query_width": layer.query_width,
+        "value_width": layer.value_width,
+    }
 
 
 def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:

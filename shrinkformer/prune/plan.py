@@ -15,12 +15,16 @@ class LayerPlan:
         neurons: Indices of the neurons that stay, ascending.
         attention_error: Relative error of the attention sublayer's output on the calibration examples, 0 to 1.
         ffn_error: The same for the feed-forward sublayer.
+        query_width: Width of a head's queries and keys; 0 where it was left as it was.
+        value_width: Width of a head's values; 0 where it was left as it was.
     """
 
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
     attention_error: float = 0.0
     ffn_error: float = 0.0
+    query_width: int = 0
+    value_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Plan:
         layers: Sequence[dict[str, Any]] = fields.pop("layers")
         return cls(
             layers=tuple(
-                LayerPlan(tuple(layer["heads"]), tuple(layer["neurons"]), layer["attention_error"], layer["ffn_error"])
+                LayerPlan(**{**layer, "heads": tuple(layer["heads"]), "neurons": tuple(layer["neurons"])})
                 for layer in layers
             ),
             **fields,

@@ -16,7 +16,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
-def set_block_sizes(block: nn.Module, architecture: dict[str, Any], heads: int, neurons: int) -> None:
+def set_block_sizes(
+    block: nn.Module,
+    architecture: dict[str, Any],
+    *,
+    heads: int,
+    neurons: int,
+    query_width: int | None = None,
+    value_width: int | None = None,
+) -> None:
     """Give one block new, uninitialised linear layers of the given sizes, and matching head attributes.
 
     Args:
@@ -24,26 +32,68 @@ def set_block_sizes(block: nn.Module, architecture: dict[str, Any], heads: int, 
         architecture: The architecture record as a dictionary: paths and attribute names.
         heads: Number of attention heads, at least 1; with grouped queries, of key and value heads.
         neurons: Number of feed-forward neurons, at least 1.
+        query_width: Width of a head's queries and keys; None leaves it as it is.
+        value_width: Width of a head's values; None leaves it as it is.
+
+    Where the two widths differ, stock attention still gets heads of one width: the narrower vectors are padded with
+    zeros behind their linear layer, which changes no score and no context, and the padding of values is taken away
+    before the output projection.
     """
     attention, feed_forward = architecture["attention"], architecture["feed_forward"]
-    module = block.get_submodule(attention["module"])
-    width = heads * int(getattr(module, attention["head_size_attribute"]))
+    module: Any = block.get_submodule(attention["module"])
+    before = int(getattr(module, attention["head_size_attribute"]))
+    query_width = query_width or int(getattr(module, "query_width", before))
+    value_width = value_width or int(getattr(module, "value_width", before))
+    width = max(query_width, value_width)
     shared_by = attention.get("queries_attribute")
-    queries_width = width * int(getattr(module, shared_by)) if shared_by else width
+    queries = heads * int(getattr(module, shared_by)) if shared_by else heads
     if attention.get("fused"):
-        _resize(block, attention["query"], outputs=3 * width)
+        _resize(block, attention["query"], outputs=3 * heads * width)
     else:
-        _resize(block, attention["query"], outputs=queries_width)
-        _resize(block, attention["key"], outputs=width)
-        _resize(block, attention["value"], outputs=width)
-    _resize(block, attention["output"], inputs=queries_width)
+        _resize(block, attention["query"], outputs=queries * query_width)
+        _resize(block, attention["key"], outputs=heads * query_width)
+        _resize(block, attention["value"], outputs=heads * value_width)
+    _resize(block, attention["output"], inputs=queries * value_width)
+    if query_width < width:
+        for path in (attention["query"], attention["key"]):
+            block.get_submodule(path).register_forward_hook(_Pad(query_width, width))
+    if value_width < width:
+        block.get_submodule(attention["value"]).register_forward_hook(_Pad(value_width, width))
+        block.get_submodule(attention["output"]).register_forward_pre_hook(_Cut(value_width, width))
+    if (query_width, value_width) != (before, before):
+        setattr(module, attention["head_size_attribute"], width)
+        module.query_width, module.value_width = query_width, value_width
     for path in feed_forward["inputs"]:
         _resize(block, path, outputs=neurons)
     _resize(block, feed_forward["output"], inputs=neurons)
     for name in attention["heads_attributes"]:
         setattr(module, name, heads)
     for name in attention["width_attributes"]:
-        setattr(module, name, width)
+        setattr(module, name, heads * width)
+
+
+class _Pad:
+    """Forward hook: every head's part of a layer's output gets zeros behind it."""
+
+    def __init__(self, narrow: int, wide: int) -> None:
+        self.narrow, self.wide = narrow, wide
+
+    def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        heads = output.view(*output.shape[:-1], -1, self.narrow)
+        return nn.functional.pad(heads, (0, self.wide - self.narrow)).flatten(-2)
+
+
+class _Cut:
+    """Forward pre-hook: the padding goes before a layer sees it; an input without padding passes."""
+
+    def __init__(self, narrow: int, wide: int) -> None:
+        self.narrow, self.wide = narrow, wide
+
+    def __call__(self, module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if args[0].shape[-1] == module.in_features:
+            return args
+        heads = args[0].view(*args[0].shape[:-1], -1, self.wide)
+        return (heads[..., : self.narrow].flatten(-2), *args[1:])
 
 
 def _resize(block: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None) -> None:
@@ -64,7 +114,7 @@ def resize_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     section = config.shrinkformer
     blocks: Any = model.base_model.get_submodule(section["architecture"]["layers"])
     for block, sizes in zip(blocks, section["layers"], strict=True):
-        set_block_sizes(block, section["architecture"], sizes["heads"], sizes["neurons"])
+        set_block_sizes(block, section["architecture"], **sizes)
 
 
 def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:

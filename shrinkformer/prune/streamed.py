@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from shrinkformer.architectures import layer_views
-from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import complete, describe, replacing
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import Calibrated, timed
@@ -63,8 +63,7 @@ def prune_to_folder(
                 add_tensors(writer, model, view.block.state_dict(prefix=f"{prefix}{view.index}."), dtype)
         writer.finish()
         plan = calibrated.plan(budget, counts, layers)
-        sizes = list(zip(counts.heads, counts.neurons, strict=True))
-        describe(config, sizes, layer_views(model)[0].head_size, plan)
+        describe(config, CostModel.of(layer_views(model), budget).sizes(counts), plan)
         config.dtype = dtype
         config.save_pretrained(folder)
         if model.can_generate() and model.generation_config is not None:

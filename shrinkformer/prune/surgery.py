@@ -43,6 +43,7 @@ def _rebuild(
     record = view.architecture
     paths = (*record.attention.producers, record.attention.output, *record.feed_forward.inputs)
     filled: dict[str, tuple[Tensor, Tensor | None]] = {}
+    widths = view.query_width, view.value_width
     for path in (*paths, record.feed_forward.output):
         linear = view.linear(path)
         if path in consumers:
@@ -52,7 +53,9 @@ def _rebuild(
             filled[path] = linear.weight[kept], None if linear.bias is None else linear.bias[kept]
         else:
             filled[path] = linear.weight, linear.bias
-    set_block_sizes(view.block, record.to_dict(), heads, neurons)
+    set_block_sizes(
+        view.block, record.to_dict(), heads=heads, neurons=neurons, query_width=widths[0], value_width=widths[1]
+    )
     for path, (weight, bias) in filled.items():
         linear = view.linear(path)
         linear.weight.copy_(weight)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shrinkformer.architectures import LayerView, layer_views
-from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe, replacing
 from shrinkformer.prune.plan import LayerPlan, Plan
 from shrinkformer.prune.pruner import Calibrated, timed
@@ -160,6 +160,5 @@ def _plan(
     calibrated, budget = pruning
     counts = calibrated.allocate(budget)
     plan = calibrated.plan(budget, counts, layers)
-    sizes = list(zip(counts.heads, counts.neurons, strict=True))
-    describe(config, sizes, layer_views(model)[0].head_size, plan)
+    describe(config, CostModel.of(layer_views(model), budget).sizes(counts), plan)
     return plan
