@@ -25,8 +25,9 @@ from shrinkformer.commands.prune_opt import as_batches, read_calibration, read_e
 from shrinkformer.dataset.corpora import CORPORA
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.prune.budget import Budget
-from shrinkformer.prune.methods import METHODS
-from shrinkformer.prune.pruner import Pruned, calibrate
+from shrinkformer.prune.methods import METHOD_NAMES
+from shrinkformer.prune.pruner import calibrate
+from shrinkformer.prune.result import Pruned
 from shrinkformer.prune.resume import fingerprint
 
 
@@ -112,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, mu: Sequence[float], outpu
     """
     parser.add_argument("--mu", type=float, nargs="+", default=list(mu))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHOD_NAMES), choices=list(METHOD_NAMES))
     parser.add_argument("--sample_batch_size", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("output") / output)

@@ -22,7 +22,7 @@ from benchmarks.compare_decoders import Comparison, add_arguments
 from benchmarks.compare_methods import Record, Results
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import quiet_libraries
-from shrinkformer.prune.pruner import Pruned
+from shrinkformer.prune.result import Pruned
 from shrinkformer.prune.resume import fingerprint
 
 MODELS = ("babyllama-tok105/hf_converted", "stories260K/hf_converted")

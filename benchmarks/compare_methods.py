@@ -20,7 +20,7 @@ from shrinkformer.commands.options import EncoderOptions, resolve_device
 from shrinkformer.commands.prune_bert import read_job
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.prune.budget import Budget
-from shrinkformer.prune.methods import METHODS
+from shrinkformer.prune.methods import METHOD_NAMES
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.resources import Resources
 from shrinkformer.utils.files import append_atomically
@@ -73,7 +73,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--bundled_data", action="store_true")
     parser.add_argument("--mu", type=float, nargs="+", default=[0.7, 0.5, 0.4, 0.3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHOD_NAMES))
     parser.add_argument("--sample_batch_size", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("output/compare_methods.jsonl"))

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from shrinkformer.prune.checkpoint import save as save
     from shrinkformer.prune.plan import Plan as Plan
     from shrinkformer.prune.pruner import Calibrated as Calibrated
-    from shrinkformer.prune.pruner import Pruned as Pruned
     from shrinkformer.prune.pruner import calibrate as calibrate
     from shrinkformer.prune.pruner import prune_model as prune_model
+    from shrinkformer.prune.result import Pruned as Pruned
+    from shrinkformer.prune.shrink import ShrinkConfig as ShrinkConfig
     from shrinkformer.quantize.checkpoint import load as load
     from shrinkformer.quantize.config import QuantizeConfig as QuantizeConfig
     from shrinkformer.quantize.quantizer import quantize_ as quantize_
@@ -26,8 +27,9 @@ _EXPORTS = {
     "Budget": "shrinkformer.prune.budget",
     "Calibrated": "shrinkformer.prune.pruner",
     "Plan": "shrinkformer.prune.plan",
-    "Pruned": "shrinkformer.prune.pruner",
+    "Pruned": "shrinkformer.prune.result",
     "calibrate": "shrinkformer.prune.pruner",
+    "ShrinkConfig": "shrinkformer.prune.shrink",
     "QuantizeConfig": "shrinkformer.quantize.config",
     "load": "shrinkformer.quantize.checkpoint",
     "prune_model": "shrinkformer.prune.pruner",
@@ -41,6 +43,7 @@ __all__ = [
     "Plan",
     "Pruned",
     "QuantizeConfig",
+    "ShrinkConfig",
     "calibrate",
     "load",
     "prune_model",

@@ -74,7 +74,7 @@ def test_every_step_from_dense_to_reloaded(
 
 @each_family
 def test_a_pruned_model_is_ordinary_input(family: str, batches: list[dict[str, Any]], tmp_path: Any) -> None:
-    once = prune_model(build_model(family), batches, mu=0.7)
+    once = prune_model(build_model(family), batches, mu=0.7, method="stat-bias")
     save(once.model, tmp_path / "once", plan=once.plan)
     again = calibrate(load(tmp_path / "once"), batches).prune(Budget(0.6, once.plan.sequence_length))
     assert again.plan.dense_macs == pytest.approx(once.plan.macs)
@@ -89,7 +89,9 @@ def test_a_pruned_model_is_ordinary_input(family: str, batches: list[dict[str, A
 def test_padding_and_batch_size_do_not_change_the_result(family: str) -> None:
     lengths = [3 + index % 18 for index in range(40)]
     plans = [
-        prune_model(build_model(family).double(), make_batches(lengths, batch_size=size), mu=0.5).plan
+        prune_model(
+            build_model(family).double(), make_batches(lengths, batch_size=size), mu=0.5, method="stat-bias"
+        ).plan
         for size in (1, 7, 40)
     ]
     for plan in plans[1:]:

@@ -15,7 +15,8 @@ from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.plan import Plan
-from shrinkformer.prune.pruner import Pruned, prune_model
+from shrinkformer.prune.pruner import prune_model
+from shrinkformer.prune.result import Pruned
 from tests.conftest import FAMILIES, build_model, build_tokenizer, make_batches
 
 # Runs where shrinkformer cannot be imported, as on a machine that has transformers only.
@@ -117,8 +118,13 @@ def test_the_folder_holds_what_others_expect(pruned: Pruned, tmp_path: Path) -> 
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert config["shrinkformer"]["plan"]["mu"] == 0.5
     assert config["shrinkformer"]["layers"] == [
-        {"heads": heads, "neurons": neurons, "query_width": 8, "value_width": 8}
-        for heads, neurons in zip(pruned.plan.heads, pruned.plan.neurons, strict=True)
+        {
+            "heads": len(layer.heads),
+            "neurons": len(layer.neurons),
+            "query_width": layer.query_width or 8,
+            "value_width": layer.value_width or 8,
+        }
+        for layer in pruned.plan.layers
     ]
     assert Plan.from_json((folder / "shrinkformer_plan.json").read_text()) == pruned.plan
     upstream = AutoConfig.from_pretrained(folder).per_layer_config

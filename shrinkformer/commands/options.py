@@ -14,7 +14,7 @@ from shrinkformer.dataset.tasks import TASKS, get_task
 from shrinkformer.errors import InputError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import may_be_replaced
-from shrinkformer.prune.methods import DEFAULT_METHOD, METHODS, get_method
+from shrinkformer.prune.methods import DEFAULT_METHOD, METHOD_NAMES, SHRINK, require_method
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 BUNDLED_DECODER = "opt-mini"
@@ -37,7 +37,11 @@ class PruneOptions:
     mu: tuple[float, ...] = option(
         (0.5,), "fraction of MACs that stays; several values share one calibration", nargs="+"
     )
-    method: str = option(DEFAULT_METHOD, f"pruning method: {', '.join(METHODS)}")
+    method: str = option(DEFAULT_METHOD, f"pruning method: {', '.join(METHOD_NAMES)}")
+    whole_heads: bool = option(False, "method shrink: keep the width of heads, remove whole heads only")
+    search_seconds: float = option(
+        120.0, "method shrink: the search for a better plan stops after so long, for each budget; 0: no search"
+    )
     seed: int = option(0, "seed of the calibration sample")
     sample_batch_size: int = option(512, "number of calibration examples")
     data_dir: Path | None = option(None, "folder with data sets in the hub's column names; else the hub is asked")
@@ -68,12 +72,24 @@ class PruneOptions:
         return False
 
     @property
+    def shrinks(self) -> bool:
+        """Whether a model is pruned by our own method, which needs it in memory as a whole."""
+        return self.method == SHRINK and any(mu < 1 for mu in self.mu)
+
+    @property
+    def keeps_whole_heads(self) -> bool:
+        """Whether heads keep their width."""
+        return self.whole_heads
+
+    @property
     def calibrates(self) -> bool:
         """Whether examples are needed."""
         return any(mu < 1 for mu in self.mu)
 
     def __post_init__(self) -> None:
-        get_method(self.method)
+        require_method(self.method)
+        if not self.search_seconds >= 0:
+            raise InputError(f"--search_seconds {self.search_seconds}: must not be negative.")
         length = 1.0 if self.mac_length is None else self.mac_length  # the mean length is not known yet
         for mu in self.mu:
             Budget(mu, length, self.round_to, self.min_heads, self.min_neurons)
@@ -145,7 +161,6 @@ class DecoderOptions(EvaluationOptions, PruneOptions):
     mu: tuple[float, ...] = option(
         (0.7,), "fraction of MACs that stays; several values share one calibration", nargs="+"
     )
-    method: str = option("stat", f"pruning method: {', '.join(METHODS)}")  # a new bias fits the calibration corpus only
     sample_batch_size: int = option(128, "number of calibration windows")
     batch_size: int = option(8, "windows per forward pass; changes speed and memory, not results")
     calibration_file: Path | None = option(None, "own calibration text instead of --task's: UTF-8")

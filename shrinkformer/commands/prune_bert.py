@@ -18,8 +18,8 @@ from shrinkformer.dataset.encoding import Encoded, encode, padded_batches
 from shrinkformer.dataset.loading import evaluation_splits, load_examples, load_split
 from shrinkformer.dataset.tasks import Task, get_task
 from shrinkformer.evaluate.evaluation import evaluate_model
-from shrinkformer.prune.pruner import timed
 from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.result import timed
 from shrinkformer.utils.parallel import Workers, local_device, workers_of
 
 PROG = "prune_bert.py"

@@ -25,8 +25,8 @@ from shrinkformer.errors import InputError
 from shrinkformer.evaluate.harness import harness_is_installed, run_harness
 from shrinkformer.evaluate.perplexity import Perplexity, evaluate_perplexity
 from shrinkformer.evaluate.streaming import stream_perplexity
-from shrinkformer.prune.pruner import timed
 from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.result import timed
 from shrinkformer.utils.parallel import Workers, local_device, workers_of
 
 PROG = "prune_opt.py"

@@ -18,7 +18,8 @@ from shrinkformer.errors import CheckpointError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.plan import Plan
-from shrinkformer.prune.pruner import timed
+from shrinkformer.prune.ranked import Ranked
+from shrinkformer.prune.result import timed
 from shrinkformer.prune.streamed import prune_to_folder
 from shrinkformer.utils.inputs import accepted_inputs
 
@@ -114,7 +115,7 @@ def _prune_lazily(
 ) -> tuple[Measured, Measured, Plan]:
     """Prune and evaluate with one block in memory; no latency, because the models do not fit."""
     job, calibrated = session.job, session.calibrated
-    assert calibrated is not None
+    assert isinstance(calibrated, Ranked)  # others need the whole model
     plan, spent = prune_to_folder(calibrated, budget, folder, dtype=job.source.dtype, tokenizer=job.tokenizer)
     seconds |= spent
     job.workers.barrier()

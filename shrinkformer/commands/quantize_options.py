@@ -48,6 +48,11 @@ class QuantizeFlags:
         return True
 
     @property
+    def keeps_whole_heads(self) -> bool:
+        """Whether heads keep their width; what reads packed weights knows no others."""
+        return True
+
+    @property
     def quantizes(self) -> bool:
         """Whether blocks are quantized, which takes more memory."""
         return True

@@ -22,7 +22,8 @@ from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.plan import Plan
-from shrinkformer.prune.pruner import Pruned, timed
+from shrinkformer.prune.ranked import Ranked
+from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.statistics import Progress
 from shrinkformer.quantize.checkpoint import ONNX, load, save
 from shrinkformer.quantize.config import Quantized
@@ -121,6 +122,7 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
     job, options, offload = session.job, _options(session), session.resources.offload
     assert offload is not None
     offload.directory.mkdir(parents=True, exist_ok=True)
+    assert session.calibrated is None or isinstance(session.calibrated, Ranked)  # others need the whole model
     pruning = None if session.calibrated is None or budget.mu == 1 else (session.calibrated, budget)
     (kind, folder), *_ = _targets(session, budget).items()
     store = _open_store(session, budget)

@@ -22,9 +22,12 @@ from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, fol
 from shrinkformer.errors import InputError
 from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.hidden import Offload
-from shrinkformer.prune.pruner import Calibrated, calibrate, timed
+from shrinkformer.prune.methods import SHRINK
+from shrinkformer.prune.pruner import Calibrated, calibrate
 from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.result import timed
 from shrinkformer.prune.resume import BlockFiles, BlockStore, fingerprint
+from shrinkformer.prune.shrink import ShrinkConfig
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.utils.parallel import Workers
@@ -179,10 +182,13 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
     )
     limit = available_bytes(job.device) * 0.8 if options.max_memory is None else options.max_memory * GIB
     lazily = job.workers.broadcast(footprint.resident > limit)  # what is free differs from moment to moment
-    if lazily and job.whole:
+    whole, remedy = job.whole, "or use a machine with more"
+    if not whole and options.shrinks:
+        whole, remedy = "--method shrink measures a model as a whole", "or pass --method stat"
+    if lazily and whole:
         raise InputError(
-            f"--max_memory: {job.whole}, which takes {footprint.resident / GIB:,.1f} GiB, but {limit / GIB:,.1f} GiB "
-            "are allowed or free; allow more, or use a machine with more."
+            f"--max_memory: {whole}, which takes {footprint.resident / GIB:,.1f} GiB, but {limit / GIB:,.1f} GiB "
+            f"are allowed or free; allow more, {remedy}."
         )
     if options.dry_run:
         job.say(describe(job, shapes, budgets, options, footprint=footprint, limit=limit))
@@ -215,7 +221,8 @@ def _start(job: Job, options: PruneOptions, seconds: dict[str, float], *, lazily
             offload = Offload(options.offload_dir or (options.output_dir / job.stem).parent, int(limit / 4))
         session = Session(job, options, model, Resources(weights, offload, None, job.workers), seconds)
         if any(mu < 1 for mu in options.mu):
-            store = session.open_blocks(BlockStore, options.output_dir / job.folder, "resume")
+            asked = SHRINK if options.shrinks and not options.keeps_whole_heads else ""  # it keeps more moments
+            store = session.open_blocks(BlockStore, options.output_dir / job.folder, "resume", asked)
             session.resources = replace(session.resources, store=store)
     return session
 
@@ -232,6 +239,7 @@ def _calibrate(session: Session) -> None:
         seed=options.seed,
         progress=block_progress("calibrating") if job.workers.is_main else iter,
         resources=session.resources,
+        config=ShrinkConfig(options.keeps_whole_heads, options.search_seconds, say=lambda line: job.say(f"  {line}")),
     )
     session.seconds |= session.calibrated.seconds
 

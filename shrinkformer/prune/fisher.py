@@ -5,7 +5,7 @@ where ``G`` is the Fisher information: the second moment of gradients of the log
 from the model's own predictions. Errors in directions that softmax, ReLU or the next layer ignore cost nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -50,21 +50,52 @@ def output_metrics(
         Martens, "New insights and perspectives on the natural gradient method", arXiv 1412.1193, section 5 (Fisher by
         sampling). For quantization: Tseng et al., YAQA, arXiv 2505.22988.
     """
-    # Rounding of half precision is small beside the noise of drawn answers.
-    generator = torch.Generator(model.device).manual_seed(seed)
     sums: dict[Name, Tensor] = {}
-    with _gradients_at(layers, sums), _frozen(model), torch.enable_grad(), half_precision(model.device):
-        for batch in workers.share(_enough(batches, tokens)):
-            inputs = accepted_inputs(model, batch)
-            embedded = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_(True)
-            inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
-            _log_likelihood(model(inputs_embeds=embedded, **inputs), batch, generator).backward()  # type: ignore[no-untyped-call]
+
+    def add(name: Name, gradients: Tensor) -> None:
+        sums[name] = sums[name] + square(gradients) if name in sums else square(gradients)
+
+    pass_gradients(model, layers, workers.share(enough(batches, tokens)), add, seed=seed)
     for name in layers:
         workers.sum_(sums[name])
     return sums
 
 
-def _enough(batches: Batches, tokens: int) -> Sequence[Mapping[str, Tensor]]:
+def pass_gradients(
+    model: PreTrainedModel,
+    layers: Mapping[Name, nn.Module],
+    batches: Batches,
+    receive: Callable[[Name, Tensor], None],
+    *,
+    seed: int = 0,
+) -> None:
+    """Send gradients of the log-likelihood of drawn answers back through a model.
+
+    Args:
+        model: As for :func:`output_metrics`.
+        layers: The layers by any name.
+        batches: Examples of this worker.
+        receive: Gets the name of a layer and the gradients of its output, padding included, for every batch in turn.
+        seed: Of the drawn answers; the global generator stays as it is.
+    """
+    # Rounding of half precision is small beside the noise of drawn answers.
+    generator = torch.Generator(model.device).manual_seed(seed)
+    with _gradients_at(layers, receive), _frozen(model), torch.enable_grad(), half_precision(model.device):
+        for batch in batches:
+            inputs = accepted_inputs(model, batch)
+            embedded = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_(True)
+            inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
+            _log_likelihood(model(inputs_embeds=embedded, **inputs), batch, generator).backward()  # type: ignore[no-untyped-call]
+
+
+def square(gradients: Tensor) -> Tensor:
+    """Second moment of gradients, ``(outputs, outputs)``."""
+    rows = gradients.reshape(-1, gradients.shape[-1]).float()
+    with fast_products(rows.device):
+        return rows.T @ rows
+
+
+def enough(batches: Batches, tokens: int) -> Sequence[Mapping[str, Tensor]]:
     """The first batches, the last of them cut, that hold a number of tokens."""
     chosen: list[Mapping[str, Tensor]] = []
     for batch in batches:
@@ -90,15 +121,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gradients_at(layers: Mapping[Name, nn.Module], sums: dict[Name, Tensor]) -> Iterator[None]:
-    """Add the second moments of the gradients of each layer's output to ``sums`` whenever one arrives."""
+def _gradients_at(layers: Mapping[Name, nn.Module], receive: Callable[[Name, Tensor], None]) -> Iterator[None]:
+    """Hand on the gradients of each layer's output whenever some arrive."""
 
     def hook_for(name: Name) -> Any:
         def hook(_module: nn.Module, _given: Any, gradients: tuple[Tensor, ...]) -> None:
-            rows = gradients[0].reshape(-1, gradients[0].shape[-1]).float()
-            with fast_products(rows.device):
-                one = rows.T @ rows
-            sums[name] = sums[name] + one if name in sums else one
+            receive(name, gradients[0])
 
         return hook
 

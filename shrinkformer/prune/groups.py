@@ -10,6 +10,8 @@ from shrinkformer.errors import InputError
 from shrinkformer.prune.cholesky import check_gram, damped_cholesky
 from shrinkformer.prune.pivoting import pivoted_cholesky
 
+_EXPLAINED_DAMPING = 1e-8
+
 
 def _check_groups(gram: Tensor, group_size: int) -> int:
     check_gram(gram)
@@ -80,3 +82,44 @@ def schur_group_errors(gram: Tensor, groups_order: Tensor, group_size: int, weig
     product = lower.T @ weight.detach().to(gram.device, torch.float64)[columns]
     by_group = product.reshape(groups, -1).square().sum(1)
     return torch.cat([by_group.new_zeros(1), by_group.flip(0).cumsum(0)]).flip(0).sqrt()
+
+
+def elimination_order(gram: Tensor, group_size: int, weight: Tensor, metric: Tensor) -> Tensor:
+    """Order groups of adjacent columns, most useful first, by taking away the least useful one again and again.
+
+    The loss of taking groups away is that of the output ``Z W`` after the best refit of the others, in a metric of the
+    output: with K the columns that stay, ``tr(M W'(G - G_:K G_KK^-1 G_K:)W)``.
+
+    Args:
+        gram: Second moment G, (n, n) float64, n = groups * group_size.
+        group_size: Columns in a group.
+        weight: W, (n, m) float64.
+        metric: M, (m, m) float64.
+
+    Returns:
+        All groups, (groups,) int64.
+
+    Raises:
+        InputError: The columns do not divide into groups.
+        NumericalError: NaN or infinity in the second moment.
+    """
+    groups = _check_groups(gram, group_size)
+    left, gone = list(range(groups)), list[int]()
+    product = gram @ weight
+    while len(left) > 1:
+        explained = {
+            group: _explained(gram, product, metric, [other for other in left if other != group], group_size)
+            for group in left
+        }
+        least = max(left, key=lambda group: explained[group])
+        left.remove(least)
+        gone.append(least)
+    return torch.tensor(left + gone[::-1], device=gram.device)
+
+
+def _explained(gram: Tensor, product: Tensor, metric: Tensor, groups: list[int], group_size: int) -> float:
+    """What some groups alone can explain of an output, in its metric."""
+    columns = torch.cat([torch.arange(group * group_size, (group + 1) * group_size) for group in groups])
+    factor, _ = damped_cholesky(gram[columns][:, columns], _EXPLAINED_DAMPING)
+    across = product[columns]
+    return float(((torch.cholesky_solve(across, factor) @ metric) * across).sum())

@@ -148,7 +148,10 @@ class Random:
         return allocate_uniformly(costs)
 
 
-DEFAULT_METHOD = "stat-bias"
+SHRINK = "shrink"
+"""Our own method; it measures whole models, so it is none of those below."""
+
+DEFAULT_METHOD = SHRINK
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -162,6 +165,18 @@ METHODS: dict[str, Method] = {
     )
 }
 
+METHOD_NAMES = (SHRINK, *METHODS)
+
+
+def require_method(name: str) -> None:
+    """Check the name of a pruning method.
+
+    Raises:
+        InputError: There is none.
+    """
+    if name != SHRINK:
+        get_method(name)
+
 
 def get_method(name: str) -> Method:
     """The pruning method of that name.
@@ -170,5 +185,5 @@ def get_method(name: str) -> Method:
         InputError: There is none.
     """
     if name not in METHODS:
-        raise InputError(f"--method {name!r} is not known; choose one of {', '.join(METHODS)}.")
+        raise InputError(f"--method {name!r} is not known; choose one of {', '.join(METHOD_NAMES)}.")
     return METHODS[name]

@@ -1,71 +1,29 @@
 """Prune a model: calibrate once, then produce a smaller model for any budget."""
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from time import perf_counter
+from typing import Protocol
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from shrinkformer.architectures import LayerView, Projection, layer_views, unit_columns
-from shrinkformer.errors import NumericalError
-from shrinkformer.prune.budget import Budget, CostModel, Counts
-from shrinkformer.prune.checkpoint import describe_sizes
-from shrinkformer.prune.methods import DEFAULT_METHOD, LayerRanking, Method, get_method
-from shrinkformer.prune.moments import Moments
-from shrinkformer.prune.plan import LayerPlan, Plan
-from shrinkformer.prune.refit import Consumer, refit_consumer, slice_consumer
+from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.methods import DEFAULT_METHOD, SHRINK
+from shrinkformer.prune.ranked import rank_units
 from shrinkformer.prune.resources import Resources
-from shrinkformer.prune.statistics import Batches, LayerMoments, Progress, Statistics, stream_statistics
-from shrinkformer.prune.stream import BlockStream, count_tokens
-from shrinkformer.prune.surgery import remove_heads, remove_neurons
+from shrinkformer.prune.result import Pruned
+from shrinkformer.prune.shrink import ShrinkConfig, learn
+from shrinkformer.prune.statistics import Batches, Progress
+from shrinkformer.prune.stream import count_tokens
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """A smaller model, what it keeps, and how long each step took in seconds."""
+class Calibrated(Protocol):
+    """A model with everything that was learnt about it."""
 
-    model: PreTrainedModel
-    plan: Plan
-    seconds: dict[str, float]
+    @property
+    def model(self) -> PreTrainedModel:
+        """The dense model, in evaluation mode; never changed."""
 
-
-@dataclass(frozen=True)
-class Calibrated:
-    """A model with everything that was learnt about it; :meth:`prune` takes any budget.
-
-    Attributes:
-        model: The dense model, in evaluation mode; never changed.
-        batches: The calibration examples as model inputs.
-        method: The pruning method.
-        seed: Seed of random methods, recorded in plans.
-        statistics: Second moments, or None where the method needs none.
-        rankings: One per block.
-        resources: Where weights come from, where data goes, who shares the work.
-        seconds: Time of calibration and selection.
-    """
-
-    model: PreTrainedModel
-    batches: Batches
-    method: Method
-    seed: int
-    statistics: Statistics | None
-    rankings: tuple[LayerRanking, ...]
-    resources: Resources = field(default_factory=Resources)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def allocate(self, budget: Budget) -> Counts:
-        """How many heads and neurons every block keeps.
-
-        Raises:
-            BudgetError: The budget is below what every block must keep.
-        """
-        return self.method.allocate(self.rankings, CostModel.of(layer_views(self.model), budget))
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time of calibration and selection."""
 
     def prune(self, budget: Budget) -> Pruned:
         """A smaller copy of the model, in memory, that meets a budget.
@@ -73,80 +31,6 @@ class Calibrated:
         Raises:
             BudgetError: The budget is below what every block must keep.
         """
-        seconds: dict[str, float] = {}
-        with timed(seconds, "allocation"):
-            counts = self.allocate(budget)
-        with timed(seconds, "refit"):
-            config = copy.deepcopy(self.model.config)
-            views, layers = zip(*self.prune_blocks(counts, config), strict=True)
-            # What deepcopy finds in its memo it takes for copied: everything but blocks and configuration is copied.
-            old = layer_views(self.model)
-            replaced = {id(dense.block): view.block for dense, view in zip(old, views, strict=True)}
-            model = copy.deepcopy(self.model, {**replaced, id(self.model.config): config})
-        plan = self.plan(budget, counts, layers)
-        describe_sizes(model, plan)
-        return Pruned(model, plan, seconds)
-
-    def plan(self, budget: Budget, counts: Counts, layers: Sequence[LayerPlan]) -> Plan:
-        """The plan that :meth:`prune_blocks` carried out."""
-        costs = CostModel.of(layer_views(self.model), budget)
-        return Plan(
-            method=self.method.name,
-            mu=budget.mu,
-            seed=self.seed,
-            sequence_length=budget.sequence_length,
-            dense_macs=costs.dense,
-            macs=costs.macs(counts),
-            layers=tuple(layers),
-        )
-
-    @torch.no_grad()
-    def prune_blocks(self, counts: Counts, config: PreTrainedConfig) -> Iterator[tuple[LayerView, LayerPlan]]:
-        """Smaller copies of the blocks, first to last; only one of them needs to be in memory at a time.
-
-        Args:
-            counts: How many heads and neurons every block keeps.
-            config: The configuration that the copies refer to.
-
-        As published: neurons are refitted on what they compute in the dense model; heads are ordered and refitted on
-        what they compute in the model without the removed neurons, and only how many of them each block keeps was
-        settled on the dense model.
-        """
-        stream = None
-        if self.statistics is not None:
-            stream = BlockStream(self.model, self.resources.workers.share(self.batches), self.resources.offload)
-        for dense in layer_views(self.model):
-            with self.resources.weights.resident(dense.index):
-                view = replace(dense, block=copy.deepcopy(dense.block, {id(self.model.config): config}))
-            layer = self._remove_neurons(view, counts.neurons[view.index])
-            yield view, self._remove_heads(view, counts.heads[view.index], layer, stream)
-
-    def _remove_neurons(self, view: LayerView, count: int) -> LayerPlan:
-        moments = self.statistics.of(view).neurons if self.statistics and count < view.neurons else None
-        linear = view.feed_forward_output
-        kept = _best(self.rankings[view.index].neurons.order, count, linear.weight.device)
-        consumer = self._consumer(linear, moments, kept)
-        if count < view.neurons:
-            remove_neurons(view, kept, consumer)
-        return LayerPlan(heads=(), neurons=tuple(kept.tolist()), ffn_error=consumer.error)
-
-    def _remove_heads(self, view: LayerView, count: int, layer: LayerPlan, stream: BlockStream | None) -> LayerPlan:
-        order, moments, linear = self.rankings[view.index].heads.order, None, view.attention_output
-        if stream is not None:
-            moments = Moments.zeros(linear.in_features, linear.weight.device)
-            stream.run(view.block, {linear.module: moments.update})
-            moments.all_reduce()
-            order = self.method.rank_heads(view, moments, self.seed).order
-        kept = _best(order, count, linear.weight.device)
-        consumer = self._consumer(linear, moments, unit_columns(kept, view.head_width))
-        if count < view.heads:
-            remove_heads(view, kept, consumer)
-        return replace(layer, heads=tuple(kept.tolist()), attention_error=consumer.error)
-
-    def _consumer(self, linear: Projection, moments: Moments | None, kept: Tensor) -> Consumer:
-        if moments is None or len(kept) == linear.in_features:
-            return slice_consumer(linear, kept)
-        return refit_consumer(linear, moments, kept, centred=self.method.centred)
 
 
 def calibrate(
@@ -157,59 +41,27 @@ def calibrate(
     seed: int = 0,
     progress: Progress = iter,
     resources: Resources | None = None,
+    config: ShrinkConfig | None = None,
 ) -> Calibrated:
     """Learn everything about a model that pruning it to any budget needs.
 
     Args:
         model: Any model with an architecture record, in any floating-point type.
         batches: Model inputs with an ``attention_mask``; labels are not needed.
-        method: Name of a pruning method, see ``METHODS``.
-        seed: Seed of random methods.
+        method: Name of a pruning method: ``shrink``, or one of ``METHODS``.
+        seed: Seed of what is drawn at random.
         progress: Wraps the loop over the blocks, for a progress bar.
         resources: For models larger than memory, for several processes, and for taking up an interrupted run.
+        config: Choices of the method ``shrink``; other methods ignore it.
 
     Raises:
         InputError: The method is not known.
         UnsupportedModelError: There is no architecture record for the model.
         NumericalError: The model computes NaN or infinity on the examples.
     """
-    chosen, resources = get_method(method), resources or Resources()
-    assert resources.offload is None or resources.store is not None, "offloaded moments need a store"
-    model.eval()
-    seconds = {"calibration": 0.0, "selection": 0.0}
-    statistics = Statistics(resources.store) if chosen.refit else None
-    rankings = []
-    began = perf_counter()
-    with torch.no_grad():
-        for view, moments in _learn(model, batches, resources, progress, chosen):
-            with timed(seconds, "selection"):
-                rankings.append(_rank(chosen, view, moments, seed))
-            if statistics is not None and moments is not None and resources.offload is None:
-                statistics.layers[view.index] = moments
-    seconds["calibration"] = perf_counter() - began - seconds["selection"]
-    return Calibrated(model, batches, chosen, seed, statistics, tuple(rankings), resources, seconds)
-
-
-def _learn(
-    model: PreTrainedModel, batches: Batches, resources: Resources, progress: Progress, method: Method
-) -> Iterator[tuple[LayerView, LayerMoments | None]]:
-    """Every block with its weights on the device, and with its moments where the method wants them."""
-    if method.refit:
-        yield from stream_statistics(model, batches, resources, progress=progress)
-        return
-    for view in progress(layer_views(model)):
-        with resources.weights.resident(view.index):
-            yield view, None
-
-
-def _rank(method: Method, view: LayerView, moments: LayerMoments | None, seed: int) -> LayerRanking:
-    for linear in (view.attention_output, view.feed_forward_output):
-        if not torch.isfinite(linear.weight).all():
-            raise NumericalError(f"layer {view.index}: the weights contain NaN or infinity; use another checkpoint.")
-    return LayerRanking(
-        heads=method.rank_heads(view, moments.heads if moments else None, seed),
-        neurons=method.rank_neurons(view, moments.neurons if moments else None, seed),
-    )
+    if method == SHRINK:
+        return learn(model, batches, config, seed=seed, progress=progress, resources=resources)
+    return rank_units(model, batches, method=method, seed=seed, progress=progress, resources=resources)
 
 
 def prune_model(
@@ -221,6 +73,7 @@ def prune_model(
     seed: int = 0,
     sequence_length: float | None = None,
     round_to: int = 1,
+    config: ShrinkConfig | None = None,
 ) -> Pruned:
     """A smaller copy of a model, in one call.
 
@@ -228,10 +81,11 @@ def prune_model(
         model: Any model with an architecture record, in float32 or float64.
         batches: Calibration examples: model inputs with an ``attention_mask``; labels are not needed.
         mu: Fraction of the MACs that stays, in (0, 1].
-        method: Name of a pruning method, see ``METHODS``.
+        method: Name of a pruning method: ``shrink``, or one of ``METHODS``.
         seed: Seed of random methods.
         sequence_length: Length in tokens at which MACs are counted; the mean of the examples by default.
         round_to: Neurons of a block are a multiple of this.
+        config: Choices of the method ``shrink``.
 
     Raises:
         InputError: An argument is out of its range.
@@ -240,19 +94,4 @@ def prune_model(
     if sequence_length is None:
         sequence_length = count_tokens(batches) / sum(len(batch["attention_mask"]) for batch in batches)
     budget = Budget(mu, sequence_length, round_to)
-    return calibrate(model, batches, method=method, seed=seed).prune(budget)
-
-
-def _best(order: NDArray[np.int64], count: int, device: torch.device) -> Tensor:
-    """The first indices of an order, ascending."""
-    return torch.as_tensor(np.sort(order[:count]), device=device)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the time that a block of code takes to ``seconds[name]``."""
-    start = perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] = seconds.get(name, 0.0) + perf_counter() - start
+    return calibrate(model, batches, method=method, seed=seed, config=config).prune(budget)

@@ -18,10 +18,11 @@ Batches = Sequence[Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """Moments of the inputs of one block's two consumers."""
+    """Moments of the inputs of one block's two consumers, and of its queries, keys and values if asked for."""
 
     heads: Moments
     neurons: Moments
+    inputs: Moments | None = None
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Statistics:
 
 
 def stream_statistics(
-    model: PreTrainedModel, batches: Batches, resources: Resources, *, progress: Progress = iter
+    model: PreTrainedModel, batches: Batches, resources: Resources, *, progress: Progress = iter, inputs: bool = False
 ) -> Iterator[tuple[LayerView, LayerMoments]]:
     """Send the calibration examples through a model and give the second moments of every consumer's input.
 
@@ -60,6 +61,7 @@ def stream_statistics(
         batches: Model inputs with an ``attention_mask``; those of all workers.
         resources: Where weights come from and where data goes.
         progress: Wraps the loop over the blocks, for a progress bar.
+        inputs: Take the moments of what queries, keys and values are computed from, too.
     """
     workers, store = resources.workers, resources.store
     stream = BlockStream(model, workers.share(batches), resources.offload)
@@ -70,7 +72,7 @@ def stream_statistics(
                 moments = store.read(view.index, view.feed_forward_output.weight.device)
                 stream.run(view.block)
             else:
-                moments = _observe(stream, view)
+                moments = _observe(stream, view, inputs)
                 if store is not None and workers.is_main:
                     store.write(view.index, moments)
                 workers.barrier()
@@ -78,13 +80,12 @@ def stream_statistics(
             yield view, LayerMoments(**moments)
 
 
-def _observe(stream: BlockStream, view: LayerView) -> dict[str, Moments]:
-    heads, neurons = view.attention_output, view.feed_forward_output
-    moments = {
-        "heads": Moments.zeros(heads.in_features, heads.weight.device),
-        "neurons": Moments.zeros(neurons.in_features, neurons.weight.device),
-    }
-    stream.run(view.block, {heads.module: moments["heads"].update, neurons.module: moments["neurons"].update})
+def _observe(stream: BlockStream, view: LayerView, inputs: bool) -> dict[str, Moments]:
+    linears = {"heads": view.attention_output, "neurons": view.feed_forward_output}
+    if inputs:
+        linears["inputs"] = view.linear(view.architecture.attention.query)
+    moments = {name: Moments.zeros(linear.in_features, linear.weight.device) for name, linear in linears.items()}
+    stream.run(view.block, {linear.module: moments[name].update for name, linear in linears.items()})
     for one in moments.values():
         one.all_reduce()
     return moments

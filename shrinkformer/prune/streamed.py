@@ -12,7 +12,8 @@ from shrinkformer.architectures import layer_views
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import complete, describe, replacing
 from shrinkformer.prune.plan import Plan
-from shrinkformer.prune.pruner import Calibrated, timed
+from shrinkformer.prune.ranked import Ranked
+from shrinkformer.prune.result import timed
 from shrinkformer.prune.shards import ShardWriter
 
 SHARD_BYTES = 1e9
@@ -20,7 +21,7 @@ SHARD_BYTES = 1e9
 
 
 def prune_to_folder(
-    calibrated: Calibrated,
+    calibrated: Ranked,
     budget: Budget,
     directory: Path,
     *,

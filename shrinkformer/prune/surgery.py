@@ -1,13 +1,44 @@
 """Make a block really smaller."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from shrinkformer.architectures import LayerView
+from shrinkformer.architectures import LayerView, Projection
+from shrinkformer.efficiency.macs import LayerSize
+from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.pruned_modeling import set_block_sizes
 from shrinkformer.prune.refit import Consumer
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of a linear layer.
+
+    Attributes:
+        weight: ``(outputs, inputs)``, of any floating type.
+        bias: ``(outputs,)`` or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def rows(cls, linear: Projection, kept: Tensor) -> "Weights":
+        """Some outputs of a layer, ``kept`` is ``(rows,)`` int64."""
+        kept = kept.to(linear.weight.device)
+        return cls(linear.weight[kept], None if linear.bias is None else linear.bias[kept])
+
+    def mixed(self, bases: Sequence[Tensor]) -> "Weights":
+        """Equal parts of the outputs, each multiplied by a matrix ``(part, new width)``; float64."""
+        parts = self.weight.double().chunk(len(bases))
+        weight = torch.cat([basis.T @ part for basis, part in zip(bases, parts, strict=True)])
+        if self.bias is None:
+            return Weights(weight, None)
+        biases = self.bias.double().chunk(len(bases))
+        return Weights(weight, torch.cat([part @ basis for basis, part in zip(bases, biases, strict=True)]))
 
 
 @torch.no_grad()
@@ -19,8 +50,9 @@ def remove_heads(view: LayerView, kept: Tensor, consumer: Consumer) -> None:
         kept: Indices of the heads that stay, ``(heads,)`` int64.
         consumer: Weights of the output projection for the heads that stay.
     """
-    output = view.architecture.attention.output
-    _rebuild(view, len(kept), view.neurons, view.head_rows(kept), {output: consumer})
+    filling = {path: Weights.rows(view.linear(path), rows) for path, rows in view.head_rows(kept).items()}
+    filling[view.architecture.attention.output] = Weights(consumer.weight, consumer.bias)
+    rebuild(view, replace(layer_sizes([view])[0], heads=len(kept)), filling)
 
 
 @torch.no_grad()
@@ -33,31 +65,34 @@ def remove_neurons(view: LayerView, kept: Tensor, consumer: Consumer) -> None:
         consumer: Weights of the second feed-forward layer for the neurons that stay.
     """
     feed_forward = view.architecture.feed_forward
-    _rebuild(view, view.heads, len(kept), dict.fromkeys(feed_forward.inputs, kept), {feed_forward.output: consumer})
+    filling = {path: Weights.rows(view.linear(path), kept) for path in feed_forward.inputs}
+    filling[feed_forward.output] = Weights(consumer.weight, consumer.bias)
+    rebuild(view, replace(layer_sizes([view])[0], neurons=len(kept)), filling)
 
 
-def _rebuild(
-    view: LayerView, heads: int, neurons: int, rows: Mapping[str, Tensor], consumers: Mapping[str, Consumer]
-) -> None:
-    """Resize a block as the checkpoint loader does, then fill every layer with its old or new weights."""
+@torch.no_grad()
+def rebuild(view: LayerView, size: LayerSize, filling: Mapping[str, Weights]) -> None:
+    """Resize a block as the checkpoint loader does, then fill every layer with its old or new weights; in place.
+
+    Args:
+        view: The block.
+        size: What it becomes.
+        filling: New weights of the layers whose size changes, by path.
+    """
     record = view.architecture
     paths = (*record.attention.producers, record.attention.output, *record.feed_forward.inputs)
-    filled: dict[str, tuple[Tensor, Tensor | None]] = {}
-    widths = view.query_width, view.value_width
-    for path in (*paths, record.feed_forward.output):
-        linear = view.linear(path)
-        if path in consumers:
-            filled[path] = consumers[path].weight, consumers[path].bias
-        elif path in rows:
-            kept = rows[path].to(linear.weight.device)
-            filled[path] = linear.weight[kept], None if linear.bias is None else linear.bias[kept]
-        else:
-            filled[path] = linear.weight, linear.bias
+    linears = {path: view.linear(path) for path in (*paths, record.feed_forward.output)}
+    filled = {path: Weights(linear.weight, linear.bias) for path, linear in linears.items()} | dict(filling)
     set_block_sizes(
-        view.block, record.to_dict(), heads=heads, neurons=neurons, query_width=widths[0], value_width=widths[1]
+        view.block,
+        record.to_dict(),
+        heads=size.heads,
+        neurons=size.neurons,
+        query_width=size.query_width,
+        value_width=size.value_width,
     )
-    for path, (weight, bias) in filled.items():
+    for path, new in filled.items():
         linear = view.linear(path)
-        linear.weight.copy_(weight)
-        if linear.bias is not None and bias is not None:
-            linear.bias.copy_(bias)
+        linear.weight.copy_(new.weight)
+        if linear.bias is not None and new.bias is not None:
+            linear.bias.copy_(new.bias)

@@ -13,8 +13,9 @@ from shrinkformer.architectures import LayerView, layer_views
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe, replacing
 from shrinkformer.prune.plan import LayerPlan, Plan
-from shrinkformer.prune.pruner import Calibrated, timed
+from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.result import timed
 from shrinkformer.prune.shards import ShardWriter
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.streamed import SHARD_BYTES, add_tensors, block_prefix, outside_blocks
@@ -55,7 +56,7 @@ def quantize_to_folder(
     format: str,
     dtype: torch.dtype,
     resources: Resources,
-    pruning: tuple[Calibrated, Budget] | None = None,
+    pruning: tuple[Ranked, Budget] | None = None,
     decoded: Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = iter,
@@ -132,7 +133,7 @@ def _blocks(
     model: PreTrainedModel,
     config: PreTrainedConfig,
     resources: Resources,
-    pruning: tuple[Calibrated, Budget] | None,
+    pruning: tuple[Ranked, Budget] | None,
     layers: list[LayerPlan],
 ) -> Iterator[LayerView]:
     """Copies of the blocks to quantize, one at a time; plans of pruned ones are appended to ``layers``."""
@@ -149,7 +150,7 @@ def _blocks(
 
 
 def _plan(
-    pruning: tuple[Calibrated, Budget] | None,
+    pruning: tuple[Ranked, Budget] | None,
     layers: list[LayerPlan],
     config: PreTrainedConfig,
     model: PreTrainedModel,

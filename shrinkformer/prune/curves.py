@@ -1,0 +1,98 @@
+"""What making one part of one block smaller does to the predictions of the whole model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from shrinkformer.efficiency.macs import LayerSize
+from shrinkformer.prune.damage import Damage
+from shrinkformer.prune.levels import BlockLevels
+from shrinkformer.prune.statistics import Progress
+
+HEADS, QUERIES, VALUES, NEURONS = PARTS = ("heads", "query_width", "value_width", "neurons")
+
+_SHARES = {
+    HEADS: (0.92, 0.75, 0.58, 0.42, 0.25, 0.08),
+    QUERIES: (0.75, 0.5, 0.25, 0.125),
+    VALUES: (0.75, 0.5, 0.25, 0.125, 0.0625),
+    NEURONS: (0.8, 0.625, 0.42, 0.25, 0.125, 0.0625, 0.02),
+}
+"""Where curves are measured; damage grows fast where little is left."""
+
+_LEAST = 1e-7
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Damage as a function of how much is kept, between measured points linear in its logarithm.
+
+    Attributes:
+        kept: Measured sizes, ascending.
+        damage: There.
+        full: The size at which there is none.
+    """
+
+    kept: tuple[int, ...]
+    damage: tuple[float, ...]
+    full: int
+
+    def at(self, kept: int) -> float:
+        """Damage when so much is kept; where nothing was measured, infinite unless all is kept."""
+        if kept >= self.full:
+            return 0.0
+        if not self.kept:
+            return float("inf")
+        if kept > self.kept[-1]:
+            return self.damage[-1] * (self.full - kept) / (self.full - self.kept[-1])
+        logs = np.log(np.maximum(self.damage, _LEAST))
+        if kept < self.kept[0] and len(logs) > 1:  # it grows on as it grew before
+            slope = (logs[1] - logs[0]) / (self.kept[1] - self.kept[0])
+            return float(np.exp(logs[0] + min(slope, 0.0) * (kept - self.kept[0])))
+        return float(np.exp(np.interp(kept, self.kept, logs)))
+
+
+BlockCurves = dict[str, Curve]
+
+
+def narrowable(levels: BlockLevels) -> tuple[str, ...]:
+    """Which parts of a block may become smaller beside its heads and neurons."""
+    attention = levels.view.architecture.attention
+    if attention.fused:
+        return ()
+    return (VALUES,) if attention.rotary or levels.view.queries > 1 else (QUERIES, VALUES)
+
+
+def measure_curves(
+    levels: Sequence[BlockLevels], damage: Damage, *, whole_heads: bool, progress: Progress = iter
+) -> list[BlockCurves]:
+    """Measure the curves of every part of every block, each with all else as in the dense model.
+
+    Args:
+        levels: Of each block.
+        damage: Of the dense model.
+        whole_heads: Heads keep their width.
+        progress: Wraps the loop over the blocks.
+    """
+    blocks = [level.view.block for level in levels]
+    found = []
+    for view in progress([level.view for level in levels]):
+        level = levels[view.index]
+        parts = [HEADS, NEURONS] if whole_heads else [HEADS, *narrowable(level), NEURONS]
+        curves = {}
+        for part in PARTS:
+            full = int(getattr(level.size, part))
+            sizes = sorted({max(1, round(share * full)) for share in _SHARES[part]} - {full}) if part in parts else []
+            measured = []
+            for kept in sizes:
+                block = level.build(sized(level.size, **{part: kept})).block
+                measured.append(damage.of([*blocks[: view.index], block, *blocks[view.index + 1 :]], view.index))
+            curves[part] = Curve(tuple(sizes), tuple(measured), full)
+        found.append(curves)
+    return found
+
+
+def sized(size: LayerSize, **changes: int) -> LayerSize:
+    """A size with some changes; heads are as wide as the wider of their vectors."""
+    changed: LayerSize = replace(size, **changes)  # type: ignore[arg-type]
+    return replace(changed, head_size=max(changed.query_width, changed.value_width))

@@ -1,0 +1,84 @@
+"""What changed blocks do to a model's predictions, measured from the first changed block on."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shrinkformer.architectures import layer_views
+from shrinkformer.prune.divergence import divergence, is_distribution, predictions
+from shrinkformer.prune.fisher import enough
+from shrinkformer.prune.statistics import Batches
+from shrinkformer.prune.stream import BlockStream, count_tokens
+from shrinkformer.utils.parallel import ALONE, Workers
+from shrinkformer.utils.precision import half_precision
+
+TOKENS = 8_192
+"""Tokens on which damage is measured, at most."""
+
+_KEPT_NUMBERS = 1.5e8  # of the dense model's log-probabilities; large vocabularies get fewer tokens
+
+
+class Damage:
+    """The examples at the entrance of every block of one version of a model.
+
+    Args:
+        model: The dense model, in memory, in evaluation mode.
+        batches: Examples of all workers; the first of them are used.
+        workers: Share the examples; all of them get the same figures.
+
+    Examples pass in bfloat16 where that is fast, both models alike.
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Batches, workers: Workers = ALONE) -> None:
+        self._workers, self._device = workers, model.device
+        per_token = getattr(model.config, "vocab_size", 1) if model.can_generate() else 1
+        share = workers.share(enough(batches, min(TOKENS, max(1, int(_KEPT_NUMBERS / per_token)))))
+        with torch.no_grad(), half_precision(self._device):
+            self._stream = BlockStream(model, share)
+            self._entrances = [[self._stream.hidden(index) for index in range(len(self._stream))]]
+        self.tokens = count_tokens(share)
+        blocks = [view.block for view in layer_views(model)]
+        self._distribution = True
+        self._dense: list[tuple[Tensor, ...]] = []
+        self._enter(0, blocks)
+        self._rows = torch.tensor(sum(len(part[0]) for part in self._dense), dtype=torch.float64, device=self._device)
+        workers.sum_(self._rows)
+
+    @torch.no_grad()
+    def enter(self, blocks: Sequence[nn.Module], start: int = 0) -> None:
+        """Put the examples at the entrances of other blocks; those up to ``start`` are the same as before."""
+        del self._entrances[start + 1 :]
+        with half_precision(self._device):
+            for position in range(start, len(blocks) - 1):
+                self._entrances.append(
+                    [self._step(blocks[position], index, position) for index in range(len(self._stream))]
+                )
+
+    @torch.no_grad()
+    def of(self, blocks: Sequence[nn.Module], start: int = 0) -> float:
+        """Mean divergence per prediction of the model with these blocks; those before ``start`` were entered."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for dense, found in zip(self._dense, self._predictions(blocks, start), strict=True):
+            total += divergence(dense, found, distribution=self._distribution)
+        self._workers.sum_(total)
+        return max(0.0, float(total / self._rows))
+
+    def _enter(self, start: int, blocks: Sequence[nn.Module]) -> None:
+        self.enter(blocks, start)
+        self._dense = list(self._predictions(blocks, len(blocks) - 1))
+
+    def _step(self, block: nn.Module, index: int, position: int) -> Tensor:
+        self._stream.replace(index, self._entrances[position][index])
+        return self._stream.call(block, index)
+
+    def _predictions(self, blocks: Sequence[nn.Module], start: int) -> Iterator[tuple[Tensor, ...]]:
+        with half_precision(self._device):
+            for index in range(len(self._stream)):
+                self._stream.replace(index, self._entrances[start][index])
+                for block in blocks[start:]:
+                    self._stream.replace(index, self._stream.call(block, index))
+            for index, output in enumerate(self._stream.outputs()):
+                self._distribution = is_distribution(output)
+                yield predictions(output, self._stream.mask(index))

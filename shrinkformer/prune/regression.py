@@ -1,0 +1,147 @@
+"""Linear regression from sums over tokens, held towards weights that are known to be reasonable.
+
+A refit from few tokens fits their noise. It is kept near the weights from before by a ridge, and how near is settled by
+what the fit is worth on tokens that it has not seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shrinkformer.prune.cholesky import damped_cholesky
+from shrinkformer.utils.parallel import Workers
+from shrinkformer.utils.precision import exact_products
+
+RIDGES = (0.03, 0.1, 0.3, 1.0)
+"""Relative to the mean diagonal of the second moments of the inputs."""
+
+
+class Sums:
+    """Running sums over weighted tokens: all that a regression of ``y`` on ``x`` needs, in float64.
+
+    Args:
+        inputs: Entries of ``x``.
+        outputs: Entries of ``y``.
+        device: Where the sums are kept.
+
+    Attributes:
+        second: ``sum w x x'``, ``(inputs, inputs)``.
+        cross: ``sum w x y'``, ``(inputs, outputs)``.
+        input_total: ``sum w x``, ``(inputs,)``.
+        output_total: ``sum w y``, ``(outputs,)``.
+        square: ``sum w y'y``, a scalar tensor.
+        weight: ``sum w``, a scalar tensor.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.second, self.cross = zeros(inputs, inputs), zeros(inputs, outputs)
+        self.input_total, self.output_total = zeros(inputs), zeros(outputs)
+        self.square, self.weight = zeros(), zeros()
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All sums."""
+        return self.second, self.cross, self.input_total, self.output_total, self.square, self.weight
+
+    @torch.no_grad()
+    def update(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Add tokens: ``(tokens, inputs)``, ``(tokens, outputs)``, and how much each counts, ``(tokens,)``."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x, y, weights = x.to(dtype), y.to(dtype), weights.to(dtype)
+        weighted = x * weights[:, None]
+        with exact_products(x.device):
+            self.second += weighted.T @ x
+            self.cross += weighted.T @ y
+        self.input_total += weighted.sum(0, dtype=torch.float64)
+        self.output_total += weights.double() @ y.double()
+        self.square += weights.double() @ y.double().square().sum(1)
+        self.weight += weights.sum(dtype=torch.float64)
+
+    def merge(self, other: "Sums") -> None:
+        """Add the tokens that ``other`` has seen."""
+        for mine, theirs in zip(self.parts, other.parts, strict=True):
+            mine.add_(theirs)
+
+    def all_reduce(self, workers: Workers) -> None:
+        """Sum over all processes."""
+        workers.sum_(*self.parts)
+
+    def centred(self, intercept: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Second, cross and square sums, about the means if there is an intercept."""
+        if not intercept or not self.weight:
+            return self.second, self.cross, self.square
+        mean = self.input_total / self.weight
+        return (
+            self.second - torch.outer(self.input_total, mean),
+            self.cross - torch.outer(mean, self.output_total),
+            self.square - self.output_total.square().sum() / self.weight,
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted linear map.
+
+    Attributes:
+        weight: ``(inputs, outputs)`` float64.
+        bias: ``(outputs,)`` float64; zero without an intercept.
+        ridge: Strength that was chosen, relative to the mean diagonal; infinite where the prior stays.
+        error: Relative error of the output on all tokens, 0 to about 1.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    ridge: float
+    error: float
+
+
+def ridge_regression(
+    halves: Sequence[Sums], prior: Tensor, *, intercept: bool, ridges: Sequence[float] = RIDGES
+) -> Fit:
+    """Fit ``y = x W + b``, with ``W`` held towards a prior as firmly as serves tokens that were not fitted.
+
+    Each half of the tokens judges what was fitted to the other; the strength with the least error, which may be an
+    infinite one, is then used on all of them.
+
+    Args:
+        halves: Two parts of the tokens.
+        prior: ``(inputs, outputs)``.
+        intercept: Whether there is a ``b``.
+        ridges: Strengths to try.
+    """
+    whole = Sums(prior.shape[0], prior.shape[1], prior.device)
+    for half in halves:
+        whole.merge(half)
+    prior, chosen = prior.double(), float("inf")
+    if all(float(half.weight) > 0 for half in halves):
+        least = sum(_loss(half, prior, intercept) for half in halves)
+        for ridge in ridges:
+            crossed = zip(halves, reversed(halves), strict=True)
+            loss = sum(_loss(judge, _solve(half, prior, ridge, intercept), intercept) for half, judge in crossed)
+            if loss < least:
+                least, chosen = loss, ridge
+    weight = prior if chosen == float("inf") else _solve(whole, prior, chosen, intercept)
+    bias = torch.zeros_like(whole.output_total)
+    if intercept and whole.weight:
+        bias = (whole.output_total - whole.input_total @ weight) / whole.weight
+    square = float(whole.centred(intercept)[2])
+    error = max(0.0, 1 + _loss(whole, weight, intercept) / square) ** 0.5 if square > 0 else 0.0
+    return Fit(weight, bias, chosen, error)
+
+
+def _solve(sums: Sums, prior: Tensor, ridge: float, intercept: bool) -> Tensor:
+    second, cross, _ = sums.centred(intercept)
+    factor, used = damped_cholesky(second, ridge)
+    pull = used * second.diagonal().mean()
+    return torch.cholesky_solve(cross + pull * prior, factor)
+
+
+def _loss(sums: Sums, weight: Tensor, intercept: bool) -> float:
+    """Squared error less the square of the outputs."""
+    second, cross, _ = sums.centred(intercept)
+    return float(((second @ weight - 2 * cross) * weight).sum())

@@ -1,0 +1,216 @@
+"""Which sizes the blocks get: the least damage to predictions within a budget.
+
+Curves of single parts add up well while little is removed. Later they do not, because sublayers make up for each other
+or make each other's errors worse; so the first plan is improved by small steps whose damage is measured on the pruned
+model itself. Both are the same knapsack.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from time import perf_counter
+
+from torch import nn
+
+from shrinkformer.efficiency.macs import LayerSize, attention_macs, neuron_macs
+from shrinkformer.prune.budget import CostModel
+from shrinkformer.prune.curves import HEADS, NEURONS, QUERIES, VALUES, BlockCurves, sized
+from shrinkformer.prune.damage import Damage
+from shrinkformer.prune.knapsack import Option, choose, frontier
+from shrinkformer.prune.levels import BlockLevels
+from shrinkformer.utils.parallel import ALONE, Workers
+
+_SLACK = 1e-9  # of the budget, for rounding in sums
+_STEPS = 96  # sizes of a feed-forward sublayer, at most
+_WIDTHS = 16  # widths of a head, at most
+_CAUTION = (0.0, 0.002, 0.006, 0.02)  # of the damage: what a single change must promise, the more after failed attempts
+_GAIN = 5e-4  # of the damage: improvements below it are noise
+_SMALLEST_STEP = 0.03
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan.
+
+    Attributes:
+        sizes: Of the blocks.
+        damage: On the examples, before any refit to the pruned model.
+        sweeps: Rounds of improvement.
+    """
+
+    sizes: list[LayerSize]
+    damage: float
+    sweeps: int
+
+
+class Search:
+    """Chooses sizes.
+
+    Args:
+        levels: Of each block.
+        curves: Of each block.
+        damage: Measures.
+        costs: MACs, and the budget.
+        seconds: The improvement stops after so long.
+        say: Gets a line for every round.
+        workers: All of them stop at the same time.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[BlockLevels],
+        curves: Sequence[BlockCurves],
+        damage: Damage,
+        costs: CostModel,
+        *,
+        seconds: float,
+        say: Say = lambda _: None,
+        workers: Workers = ALONE,
+    ) -> None:
+        self._levels, self._curves, self._damage, self._costs = levels, curves, damage, costs
+        self._seconds, self._say, self._workers = seconds, say, workers
+        self._allowance = costs.budget.mu * costs.dense * (1 - _SLACK)
+
+    def run(self) -> Found:
+        """The best plan that was found.
+
+        Raises:
+            BudgetError: The budget is below what every block must keep.
+        """
+        if self._costs.budget.mu == 1:
+            return Found([level.size for level in self._levels], 0.0, 0)
+        groups = [
+            group
+            for curves, level in zip(self._curves, self._levels, strict=True)
+            for group in (list(self._attention_options(curves, level)), list(self._neuron_options(curves, level)))
+        ]
+        chosen, expected = choose([frontier(group) for group in groups], self._allowance)
+        sizes = self._joined(chosen)
+        self._say(f"first plan: expected divergence {expected:.5f}")
+        return self._improve(sizes)
+
+    def _attention_options(self, curves: BlockCurves, level: BlockLevels) -> Iterator[Option[LayerSize]]:
+        size, budget = level.size, self._costs.budget
+        widths = [
+            [kept for kept in _grid(curves[part].full, _WIDTHS) if curves[part].at(kept) < float("inf")]
+            for part in (QUERIES, VALUES)
+        ]
+        for heads, queries, values in product(range(min(budget.min_heads, size.heads), size.heads + 1), *widths):
+            narrower = curves[QUERIES].at(queries) + curves[VALUES].at(values)
+            expected = curves[HEADS].at(heads) + narrower * heads / size.heads
+            yield self._attention(sized(size, heads=heads, query_width=queries, value_width=values), expected)
+
+    def _neuron_options(self, curves: BlockCurves, level: BlockLevels) -> Iterator[Option[LayerSize]]:
+        for neurons in self._neuron_grid(level.size.neurons):
+            yield self._neurons(sized(level.size, neurons=neurons), curves[NEURONS].at(neurons))
+
+    def _neuron_grid(self, full: int) -> list[int]:
+        budget = self._costs.budget
+        step = budget.round_to * max(1, round(full / _STEPS / budget.round_to))
+        least = -(-min(budget.min_neurons, full) // budget.round_to) * budget.round_to
+        return sorted(
+            {max(least, kept) for kept in range(step, full + 1, step)} | {full // budget.round_to * budget.round_to}
+        )
+
+    def _attention(self, size: LayerSize, damage: float) -> Option[LayerSize]:
+        costs = self._costs
+        return Option(attention_macs(costs.budget.sequence_length, costs.hidden_size, size), damage, size)
+
+    def _neurons(self, size: LayerSize, damage: float) -> Option[LayerSize]:
+        costs = self._costs
+        one = neuron_macs(costs.budget.sequence_length, costs.hidden_size, size.gated)
+        return Option(size.neurons * one, damage, size)
+
+    def _joined(self, chosen: Sequence[LayerSize]) -> list[LayerSize]:
+        """Attention of one, feed-forward of the next: the sizes of blocks."""
+        return [
+            sized(attention, neurons=feed_forward.neurons)
+            for attention, feed_forward in zip(chosen[::2], chosen[1::2], strict=True)
+        ]
+
+    def _improve(self, sizes: list[LayerSize]) -> Found:
+        """Change what measurably helps, several parts at once, until nothing does."""
+        began, step, sweeps = perf_counter(), 0.25, 0
+        blocks = self._build(sizes)
+        least = self._damage.of(blocks)
+        while self._workers.broadcast(perf_counter() - began < self._seconds) and step >= _SMALLEST_STEP:
+            groups = self._neighbours(sizes, blocks, least, step)
+            found = self._attempt(groups, sizes, least)
+            sweeps += 1
+            if found is None:
+                step /= 2
+                continue
+            sizes, blocks, least = found
+            self._say(f"round {sweeps}: divergence {least:.5f}")
+        self._damage.enter([level.view.block for level in self._levels])
+        return Found(sizes, least, sweeps)
+
+    def _attempt(
+        self, groups: Sequence[Sequence[Option[LayerSize]]], sizes: list[LayerSize], least: float
+    ) -> tuple[list[LayerSize], list[nn.Module], float] | None:
+        """The best combination of measured changes, with fewer of them as long as they do not add up."""
+        for caution in _CAUTION:
+            wary = [
+                [
+                    Option(one.cost, one.damage + (caution * least if number else 0.0), one.value)
+                    for number, one in enumerate(group)
+                ]
+                for group in groups
+            ]
+            chosen = self._joined(choose(wary, self._allowance)[0])
+            if chosen == sizes:
+                continue
+            blocks = self._build(chosen)
+            damage = self._damage.of(blocks)
+            if damage < least * (1 - _GAIN):
+                return chosen, blocks, damage
+        return None
+
+    def _neighbours(
+        self, sizes: Sequence[LayerSize], blocks: Sequence[nn.Module], least: float, step: float
+    ) -> list[list[Option[LayerSize]]]:
+        """What single changes add to the damage of the model as it is; the first of each group is no change."""
+        self._damage.enter(blocks)
+        groups = []
+        for index, size in enumerate(sizes):
+
+            def added(changed: LayerSize, index: int = index) -> float:
+                block = self._levels[index].build(changed).block
+                return self._damage.of([*blocks[:index], block, *blocks[index + 1 :]], index) - least
+
+            attention = [self._attention(size, 0.0)]
+            attention += [self._attention(one, added(one)) for one in self._attention_changes(index, size)]
+            feed_forward = [self._neurons(size, 0.0)]
+            feed_forward += [self._neurons(one, added(one)) for one in self._neuron_changes(index, size, step)]
+            groups += [attention, feed_forward]
+        return groups
+
+    def _attention_changes(self, index: int, size: LayerSize) -> Iterator[LayerSize]:
+        full, curves = self._levels[index].size, self._curves[index]
+        for heads in (size.heads - 1, size.heads + 1):
+            if self._costs.budget.min_heads <= heads <= full.heads:
+                yield sized(size, heads=heads)
+        for part in (QUERIES, VALUES):
+            grid = _grid(curves[part].full, _WIDTHS)
+            place = grid.index(getattr(size, part))
+            for other in (place - 2, place + 2):
+                if 0 <= other < len(grid) and curves[part].at(grid[other]) < float("inf"):
+                    yield sized(size, **{part: grid[other]})
+
+    def _neuron_changes(self, index: int, size: LayerSize, step: float) -> Iterator[LayerSize]:
+        grid = self._neuron_grid(self._levels[index].size.neurons)
+        wanted = [size.neurons / (1 + step), size.neurons * (1 + step)]
+        nearest = {min(grid, key=lambda kept: abs(kept - neurons)) for neurons in wanted}
+        for neurons in sorted(nearest - {size.neurons}):
+            yield sized(size, neurons=neurons)
+
+    def _build(self, sizes: Sequence[LayerSize]) -> list[nn.Module]:
+        return [level.build(size).block for level, size in zip(self._levels, sizes, strict=True)]
+
+
+def _grid(full: int, points: int) -> list[int]:
+    """Sizes up to a full one, evenly spaced, the full one among them."""
+    step = max(1, full // points)
+    return sorted({*range(step, full, step), full})

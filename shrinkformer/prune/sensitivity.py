@@ -1,0 +1,97 @@
+"""How much an error matters: by its direction in a sublayer's output, and by the token where it happens."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shrinkformer.architectures import layer_views
+from shrinkformer.prune.fisher import TOKENS, enough, pass_gradients, square
+from shrinkformer.prune.statistics import Batches
+from shrinkformer.prune.stream import count_tokens, token_rows
+from shrinkformer.utils.parallel import ALONE, Workers
+
+ATTENTION, FEED_FORWARD = "attention", "feed_forward"
+
+_FLOOR = 0.1  # of the mean sensitivity; no direction is without effect, few examples do not show all of them
+_TOKEN_FLOOR = 0.3
+_TOKENS = 65_536  # tokens with weights of their own; where there are more, all count the same
+
+Sublayer = tuple[int, str]
+
+
+@dataclass
+class Sensitivity:
+    """What errors do to a model's predictions.
+
+    Attributes:
+        metrics: For the output of each sublayer, ``(hidden size, hidden size)`` float64 with a mean diagonal of one: an
+            error ``e`` costs about ``e' M e``.
+        tokens: For each sublayer and micro-batch of this worker, how much each token counts, ``(tokens,)`` float32 with
+            a mean of about one. Empty where there are too many tokens.
+    """
+
+    metrics: dict[Sublayer, Tensor] = field(default_factory=dict)
+    tokens: dict[Sublayer, list[Tensor]] = field(default_factory=dict)
+
+    def token_weights(self, sublayer: Sublayer, index: int, rows: Tensor) -> Tensor:
+        """Weights of the tokens of a micro-batch, one for each of the rows."""
+        if sublayer in self.tokens:
+            return self.tokens[sublayer][index]
+        return rows.new_ones(len(rows))
+
+
+def learn_sensitivity(
+    model: PreTrainedModel, batches: Batches, *, seed: int = 0, workers: Workers = ALONE
+) -> Sensitivity:
+    """Learn from one backward pass, without labels, how much errors in the outputs of sublayers matter.
+
+    Weights of tokens are square roots: of squared gradients alone, a few tokens hold all of the sum, and a regression
+    on those is worth little.
+
+    Args:
+        model: In evaluation mode, in memory as a whole.
+        batches: Examples of all workers.
+        seed: Of the drawn answers.
+        workers: Share the examples; all of them get the same metrics.
+    """
+    views = layer_views(model)
+    layers = {(view.index, ATTENTION): view.attention_output.module for view in views}
+    layers |= {(view.index, FEED_FORWARD): view.feed_forward_output.module for view in views}
+    weighed = count_tokens(batches) <= _TOKENS
+    share = workers.share(batches if weighed else enough(batches, TOKENS))
+    masks = [batch["attention_mask"].bool() for batch in share]
+    sums: dict[Sublayer, Tensor] = {}
+    norms: dict[Sublayer, list[Tensor]] = {name: [] for name in layers}
+
+    def receive(name: Sublayer, gradients: Tensor) -> None:
+        mask = masks[len(norms[name])].to(gradients.device)
+        rows = token_rows(gradients.detach(), mask).float()
+        norms[name].append(rows.square().sum(1))
+        sums[name] = sums[name] + square(rows) if name in sums else square(rows)
+
+    pass_gradients(model, layers, share, receive, seed=seed)
+    found = Sensitivity()
+    for name in layers:
+        workers.sum_(sums[name])
+        found.metrics[name] = _shrunk(sums[name].double())
+        if weighed:
+            found.tokens[name] = _weights(norms[name], workers)
+    return found
+
+
+def _shrunk(metric: Tensor) -> Tensor:
+    """A metric with a mean diagonal of one, and with some weight on every direction."""
+    scale = metric.diagonal().mean()
+    identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    return (metric / scale + _FLOOR * identity) / (1 + _FLOOR) if scale > 0 else identity
+
+
+def _weights(norms: list[Tensor], workers: Workers) -> list[Tensor]:
+    total = torch.stack([torch.stack([part.sum() for part in norms]).sum(), norms[0].new_tensor(sum(map(len, norms)))])
+    workers.sum_(total)
+    mean = total[0] / total[1]
+    if not mean > 0:
+        return [torch.ones_like(part) for part in norms]
+    return [((part / mean).sqrt() + _TOKEN_FLOOR) / (1 + _TOKEN_FLOOR) for part in norms]

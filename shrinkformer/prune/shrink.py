@@ -1,0 +1,181 @@
+"""The method ``shrink``: sizes by what they do to the model's predictions, narrower heads, blocks refitted in turn."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from transformers import PreTrainedModel
+
+from shrinkformer.architectures import layer_views
+from shrinkformer.efficiency.macs import LayerSize, model_macs
+from shrinkformer.prune.budget import Budget, CostModel
+from shrinkformer.prune.checkpoint import describe_sizes
+from shrinkformer.prune.curves import BlockCurves, measure_curves
+from shrinkformer.prune.damage import Damage
+from shrinkformer.prune.levels import BlockLevels
+from shrinkformer.prune.methods import SHRINK
+from shrinkformer.prune.plan import LayerPlan, Plan
+from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.result import Pruned, timed
+from shrinkformer.prune.search import Found, Search
+from shrinkformer.prune.sensitivity import Sensitivity, learn_sensitivity
+from shrinkformer.prune.sequential import RefitErrors, refit_blocks
+from shrinkformer.prune.statistics import Batches, Progress, stream_statistics
+
+
+@dataclass(frozen=True)
+class ShrinkConfig:
+    """Choices of the method.
+
+    Attributes:
+        whole_heads: Heads keep their width, so that blocks look like those of stock classes.
+        search_seconds: Time after which the search for a better plan stops, for each budget; 0 takes the first plan.
+            A search that is cut short depends on the speed of the machine, one that ends by itself does not.
+        say: Gets a line for every round of the search.
+    """
+
+    whole_heads: bool = False
+    search_seconds: float = 120.0
+    say: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Shrinker:
+    """A model with everything that was learnt about it; :meth:`prune` takes any budget.
+
+    Attributes:
+        model: The dense model, in evaluation mode; never changed.
+        batches: The calibration examples as model inputs.
+        config: Choices of the method.
+        seed: Of the answers that are drawn from the model's predictions.
+        sensitivity: How much errors matter.
+        levels: Smaller versions of each block.
+        curves: What they do to predictions.
+        damage: Measures that.
+        resources: Who shares the work.
+        progress: Wraps loops over the blocks.
+        seconds: Time of calibration and selection.
+    """
+
+    model: PreTrainedModel
+    batches: Batches
+    config: ShrinkConfig
+    seed: int
+    sensitivity: Sensitivity
+    levels: Sequence[BlockLevels]
+    curves: Sequence[BlockCurves]
+    damage: Damage
+    resources: Resources
+    progress: Progress = iter
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def prune(self, budget: Budget) -> Pruned:
+        """A smaller copy of the model, in memory, that meets a budget.
+
+        Raises:
+            BudgetError: The budget is below what every block must keep.
+        """
+        seconds: dict[str, float] = {}
+        costs = CostModel.of(layer_views(self.model), budget)
+        costs.require_feasible()
+        with timed(seconds, "allocation"):
+            search = Search(
+                self.levels,
+                self.curves,
+                self.damage,
+                costs,
+                seconds=self.config.search_seconds,
+                say=self.config.say,
+                workers=self.resources.workers,
+            )
+            found = search.run()
+        with timed(seconds, "refit"):
+            model = self._assembled(found.sizes)
+            views = layer_views(model)
+            errors = refit_blocks(
+                self.model,
+                views,
+                self.batches,
+                self.sensitivity,
+                workers=self.resources.workers,
+                progress=self.progress,
+            )
+        plan = self._plan(costs, found, errors)
+        describe_sizes(model, plan)
+        return Pruned(model, plan, seconds)
+
+    def _assembled(self, sizes: Sequence[LayerSize]) -> PreTrainedModel:
+        """A copy of the model with smaller blocks."""
+        config = copy.deepcopy(self.model.config)
+        blocks = [level.build(size, config).block for level, size in zip(self.levels, sizes, strict=True)]
+        old = layer_views(self.model)
+        # What deepcopy finds in its memo it takes for copied.
+        replaced = {id(dense.block): block for dense, block in zip(old, blocks, strict=True)}
+        return copy.deepcopy(self.model, {**replaced, id(self.model.config): config})
+
+    def _plan(self, costs: CostModel, found: Found, errors: Sequence[RefitErrors]) -> Plan:
+        layers = []
+        for level, size, error in zip(self.levels, found.sizes, errors, strict=True):
+            narrow = (size.query_width, size.value_width) != (level.size.query_width, level.size.value_width)
+            layers.append(
+                LayerPlan(
+                    heads=tuple(level.kept_heads(size.heads).tolist()),
+                    neurons=tuple(level.kept_neurons(size.neurons).tolist()),
+                    attention_error=error.attention,
+                    ffn_error=error.feed_forward,
+                    query_width=size.query_width if narrow else 0,
+                    value_width=size.value_width if narrow else 0,
+                )
+            )
+        return Plan(
+            method=SHRINK,
+            mu=costs.budget.mu,
+            seed=self.seed,
+            sequence_length=costs.budget.sequence_length,
+            dense_macs=costs.dense,
+            macs=model_macs(found.sizes, costs.hidden_size, costs.budget.sequence_length),
+            layers=tuple(layers),
+        )
+
+
+def learn(
+    model: PreTrainedModel,
+    batches: Batches,
+    config: ShrinkConfig | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress = iter,
+    resources: Resources | None = None,
+) -> Shrinker:
+    """Learn everything about a model that pruning it to any budget needs.
+
+    Args:
+        model: Any model with an architecture record, in memory as a whole.
+        batches: Model inputs with an ``attention_mask``; labels are not needed.
+        config: Choices of the method.
+        seed: Of the answers that are drawn from the model's predictions.
+        progress: Wraps loops over the blocks.
+        resources: Who shares the work, and what is known from an interrupted run.
+
+    Raises:
+        UnsupportedModelError: There is no architecture record for the model.
+        NumericalError: The model computes NaN or infinity on the examples.
+    """
+    config, resources = config or ShrinkConfig(), resources or Resources()
+    model.eval()
+    began, workers = perf_counter(), resources.workers
+    seconds: dict[str, float] = {}
+    levels = []
+    with torch.no_grad():
+        moments = stream_statistics(model, batches, resources, progress=progress, inputs=not config.whole_heads)
+        found = [(view, of_block) for view, of_block in moments]
+    sensitivity = learn_sensitivity(model, batches, seed=seed, workers=workers)
+    for view, of_block in found:
+        levels.append(BlockLevels(view, of_block.heads, of_block.neurons, of_block.inputs, sensitivity, model.config))
+    damage = Damage(model, batches, workers)
+    seconds["calibration"] = perf_counter() - began
+    with timed(seconds, "selection"):
+        curves = measure_curves(levels, damage, whole_heads=config.whole_heads, progress=progress)
+    return Shrinker(model, batches, config, seed, sensitivity, levels, curves, damage, resources, progress, seconds)
