@@ -133,12 +133,7 @@ class Run:
             values = [some.latency_ms[shape] for some in models.values()]
             lines.append(_ratio_row(f"latency {shape} (ms)", values, 1.0))
         if self.plan is not None:
-            lines += ["", f"  {'layer':>5}{'heads':>8}{'neurons':>10}{'attention error':>18}{'ffn error':>12}"]
-            lines += [
-                f"  {index:>5}{len(layer.heads):>8}{len(layer.neurons):>10}"
-                f"{layer.attention_error:>18.4f}{layer.ffn_error:>12.4f}"
-                for index, layer in enumerate(self.plan.layers)
-            ]
+            lines += ["", *_plan_lines(self.plan)]
         if self.quantization is not None:
             lines += ["", *_quantized_lines(self.quantization)]
         if self.save_dir:
@@ -148,12 +143,25 @@ class Run:
         return "\n".join(lines)
 
 
+def _plan_lines(plan: Plan) -> list[str]:
+    """What each block keeps; the widths of queries and keys, and of values, where some became narrower."""
+    narrow = any(layer.value_width for layer in plan.layers)
+    titles = f"{'q, k':>8}{'v':>6}" if narrow else ""
+    lines = [f"  {'layer':>5}{'heads':>8}{titles}{'neurons':>10}{'attention error':>18}{'ffn error':>12}"]
+    for index, layer in enumerate(plan.layers):
+        widths = f"{layer.query_width or '':>8}{layer.value_width or '':>6}" if narrow else ""
+        errors = f"{layer.attention_error:>18.4f}{layer.ffn_error:>12.4f}"
+        lines.append(f"  {index:>5}{len(layer.heads):>8}{widths}{len(layer.neurons):>10}{errors}")
+    return lines
+
+
 def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
     return [
         {
             "layer": index,
             "heads": len(layer.heads),
             "neurons": len(layer.neurons),
+            **({"query_width": layer.query_width, "value_width": layer.value_width} if layer.value_width else {}),
             "attention_error": layer.attention_error,
             "ffn_error": layer.ffn_error,
         }

@@ -151,7 +151,7 @@ class Random:
 SHRINK = "shrink"
 """Our own method; it measures whole models, so it is none of those below."""
 
-DEFAULT_METHOD = SHRINK
+DEFAULT_METHOD = "stat-bias"
 
 METHODS: dict[str, Method] = {
     method.name: method

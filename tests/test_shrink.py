@@ -1,0 +1,271 @@
+"""The parts of the method ``shrink`` against oracles, and what the whole of it promises."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shrinkformer.architectures import layer_views
+from shrinkformer.efficiency.macs import count_matmul_macs, model_macs
+from shrinkformer.errors import BudgetError
+from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
+from shrinkformer.prune.checkpoint import load, save
+from shrinkformer.prune.curves import Curve, sized
+from shrinkformer.prune.damage import Damage
+from shrinkformer.prune.divergence import divergence, predictions
+from shrinkformer.prune.groups import elimination_order
+from shrinkformer.prune.knapsack import Option, choose, frontier
+from shrinkformer.prune.levels import BlockLevels
+from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.projections import Projected, fold_projected, matching_bases, value_basis
+from shrinkformer.prune.pruner import prune_model
+from shrinkformer.prune.regression import Sums, ridge_regression
+from shrinkformer.prune.search import Search
+from shrinkformer.prune.sensitivity import ATTENTION, learn_sensitivity
+from shrinkformer.prune.shrink import ShrinkConfig, Shrinker, learn
+from tests.conftest import FAMILIES, build_model, make_batches
+from tests.test_architectures import outputs
+
+BATCHES = make_batches([3 + index % 18 for index in range(64)], batch_size=16)
+QUICK = ShrinkConfig(search_seconds=0)
+
+
+def rows(seed: int, tokens: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    return torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ mix
+
+
+class TestKnapsack:
+    def test_is_the_best_of_all_combinations(self) -> None:
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            groups = [[Option(float(c), float(d), (c, d)) for c, d in rng.integers(1, 30, (4, 2))] for _ in range(4)]
+            budget = float(rng.integers(30, 80))
+            fitting = [combo for combo in product(*groups) if sum(one.cost for one in combo) <= budget]
+            if not fitting:
+                with pytest.raises(BudgetError, match="raise mu"):
+                    choose(groups, budget, bins=int(budget))
+                continue
+            values, damage = choose(groups, budget, bins=int(budget))
+            assert damage == min(sum(one.damage for one in combo) for combo in fitting)
+            assert sum(cost for cost, _ in values) <= budget
+            assert damage == choose([frontier(group) for group in groups], budget, bins=int(budget))[1]
+
+    def test_never_exceeds_the_budget_on_a_coarse_grid(self) -> None:
+        groups = [[Option(1.0, 1.0, 1.0), Option(1.99, 0.0, 1.99)] for _ in range(5)]
+        values, _ = choose(groups, 9.0, bins=10)
+        assert sum(values) <= 9.0
+
+
+class TestRegression:
+    def fit(self, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, prior: torch.Tensor, **options: Any) -> Any:
+        halves = [Sums(x.shape[1], y.shape[1], x.device) for _ in range(2)]
+        cut = len(x) // 2
+        halves[0].update(x[:cut], y[:cut], w[:cut])
+        halves[1].update(x[cut:], y[cut:], w[cut:])
+        return ridge_regression(halves, prior, **options)
+
+    def test_agrees_with_weighted_least_squares(self) -> None:
+        x, w = rows(0, 400, 6), torch.rand(400, dtype=torch.float64) + 0.1
+        truth = rows(1, 6, 3)
+        y = x @ truth + 5 + 0.01 * rows(2, 400, 3)
+        found = self.fit(x, y, w, torch.zeros(6, 3), intercept=True, ridges=(1e-12,))
+        ones = torch.cat([x, torch.ones(400, 1, dtype=torch.float64)], 1) * w.sqrt()[:, None]
+        expected = torch.linalg.lstsq(ones, y * w.sqrt()[:, None]).solution
+        assert torch.allclose(found.weight, expected[:-1], atol=1e-6)
+        assert torch.allclose(found.bias, expected[-1], atol=1e-5)
+
+    def test_noise_leaves_the_prior_alone(self) -> None:
+        x, prior = rows(0, 30, 20), rows(3, 20, 2)
+        found = self.fit(x, x @ prior, torch.ones(30), prior, intercept=False)
+        assert torch.allclose(found.weight, prior, atol=1e-9)
+        noisy = x @ prior + 50 * rows(4, 30, 2)
+        kept = self.fit(x, noisy, torch.ones(30), prior, intercept=False)
+        assert (kept.weight - prior).norm() < 0.2 * prior.norm() or kept.ridge == float("inf")
+
+    def test_error_is_relative(self) -> None:
+        x = rows(0, 200, 5)
+        assert self.fit(x, x @ rows(1, 5, 2), torch.ones(200), rows(1, 5, 2), intercept=False).error < 1e-6
+        assert self.fit(x, rows(2, 200, 2), torch.ones(200), torch.zeros(5, 2), intercept=False).error > 0.8
+
+
+class TestProjections:
+    def test_a_full_basis_changes_nothing(self) -> None:
+        z, weight = rows(0, 300, 8), rows(1, 8, 5)
+        second = z.T @ z
+        basis = value_basis(second, weight)
+        new = fold_projected(second, Projected(torch.arange(8), [basis]), weight)
+        assert torch.allclose(z @ basis @ new, z @ weight, atol=1e-6)
+
+    def test_values_keep_the_best_subspace(self) -> None:
+        """No projection of a rank has less error than the truncated decomposition of the output (Eckart, Young)."""
+        z, weight = rows(0, 300, 8), rows(1, 8, 5)
+        second = z.T @ z
+        for rank in (1, 3):
+            basis = value_basis(second, weight)[:, :rank]
+            new = fold_projected(second, Projected(torch.arange(8), [basis]), weight)
+            error = (z @ weight - z @ basis @ new).norm()
+            values = torch.linalg.svdvals(z @ weight)
+            assert float(error) == pytest.approx(float(values[rank:].square().sum().sqrt()), rel=1e-4)
+
+    def test_scores_are_kept_by_a_full_basis_and_best_by_a_short_one(self) -> None:
+        queries, keys = rows(0, 200, 6), rows(1, 150, 6)
+        left, right = matching_bases(queries.T @ queries, keys.T @ keys)
+        scores = queries @ keys.T
+        assert torch.allclose(queries @ left @ (keys @ right).T, scores, atol=1e-6 * float(scores.abs().max()))
+        error = (queries @ left[:, :2] @ (keys @ right[:, :2]).T - scores).norm()
+        best = torch.linalg.svdvals(scores)[2:].square().sum().sqrt()
+        assert float(error) == pytest.approx(float(best), rel=1e-4)
+
+    def test_the_least_useful_head_leaves_first(self) -> None:
+        z, weight = rows(0, 400, 12), rows(1, 12, 4)
+        metric = torch.diag(torch.tensor([4.0, 1.0, 1.0, 0.1], dtype=torch.float64))
+        last = int(elimination_order(z.T @ z, 3, weight, metric)[-1])
+
+        def loss(group: int) -> float:
+            left = [column for column in range(12) if column // 3 != group]
+            residual = z @ weight - z[:, left] @ torch.linalg.lstsq(z[:, left], z @ weight).solution
+            return float(((residual @ metric) * residual).sum())
+
+        assert last == min(range(4), key=loss)
+
+
+def levels_of(model: Any, index: int = 0) -> BlockLevels:
+    found = learn_levels(model)
+    return found[index]
+
+
+def learn_levels(model: Any) -> list[BlockLevels]:
+    learnt = learn(model, BATCHES, QUICK)
+    assert isinstance(learnt, Shrinker)
+    return list(learnt.levels)
+
+
+@pytest.mark.parametrize("family", ["bert", "opt", "llama"])
+def test_full_sizes_give_the_dense_block(family: str) -> None:
+    model = build_model(family)
+    for level in learn_levels(model):
+        built, dense = level.build(level.size).block.state_dict(), level.view.block.state_dict()
+        assert all(torch.equal(tensor, dense[name]) for name, tensor in built.items())
+        assert level.build(level.size).block is not level.view.block
+
+
+@pytest.mark.parametrize("widths", [(3, 8), (8, 3), (3, 5), (4, 4)])
+def test_narrow_heads_compute_what_their_projections_say(widths: tuple[int, int]) -> None:
+    """A narrowed block equals a stock block whose weights are padded with zeros by hand."""
+    model = build_model("bert").double()
+    level = levels_of(model)
+    query, value = widths
+    small = level.build(sized(level.size, heads=2, query_width=query, value_width=value))
+    assert (small.heads, small.query_width, small.value_width, small.head_size) == (2, query, value, max(widths))
+    wide = level.build(sized(level.size, heads=2))
+    attention = small.architecture.attention
+
+    def padded(weight: torch.Tensor, width: int) -> torch.Tensor:
+        return torch.nn.functional.pad(weight.reshape(2, width, -1), (0, 0, 0, 8 - width)).reshape(16, -1)
+
+    with torch.no_grad():
+        for path, width in ((attention.query, query), (attention.key, query), (attention.value, value)):
+            wide.linear(path).weight.copy_(padded(small.linear(path).weight, width))
+            bias = small.linear(path).bias
+            wide.linear(path).bias.copy_(padded(bias[:, None], width)[:, 0])  # type: ignore[union-attr, index]
+        wide.attention_output.weight.copy_(padded(small.attention_output.weight.T.contiguous(), value).T)
+        hidden = torch.randn(2, 7, 32, dtype=torch.float64)
+        assert torch.allclose(small.block(hidden)[0], wide.block(hidden)[0], atol=1e-12)
+
+
+def test_damage_is_the_divergence_of_the_whole_model() -> None:
+    model = build_model("bert")
+    damage = Damage(model, BATCHES)
+    blocks = [view.block for view in layer_views(model)]
+    assert damage.of(blocks) == damage.of(blocks, 1) == 0
+    level = levels_of(model, 1)
+    small = level.build(sized(level.size, neurons=3)).block
+    changed = [blocks[0], small, *blocks[2:]]
+    measured = damage.of(changed, 1)
+    assert measured == pytest.approx(damage.of(changed), rel=1e-5)
+    damage.enter(changed)
+    assert damage.of(changed, len(changed) - 1) == pytest.approx(measured, rel=1e-5)
+    by_hand, count = 0.0, 0
+    with torch.no_grad():
+        for batch in BATCHES:
+            mask = batch["attention_mask"].bool()
+            dense = predictions(model(**batch), mask)
+            model.bert.encoder.layer[1] = small
+            found = predictions(model(**batch), mask)
+            model.bert.encoder.layer[1] = blocks[1]
+            by_hand += float(divergence(dense, found, distribution=True))
+            count += len(mask)
+    assert measured == pytest.approx(by_hand / count, rel=0.05)  # it passes examples in bfloat16 where that is fast
+
+
+def test_sensitivity_knows_what_a_classifier_reads() -> None:
+    """In the last block of a classifier only the first token of an example counts."""
+    model = build_model("bert")
+    found = learn_sensitivity(model, BATCHES)
+    last = len(layer_views(model)) - 1
+    weights = found.tokens[last, ATTENTION][0]
+    lengths = BATCHES[0]["attention_mask"].sum(1)
+    first = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)[:-1]])
+    others = torch.ones(len(weights), dtype=torch.bool)
+    others[first] = False
+    assert float(weights[first].min()) > float(weights[others].max())
+    assert float(found.metrics[last, ATTENTION].diagonal().mean()) == pytest.approx(1)
+
+
+def test_curves_fall_and_end_at_zero() -> None:
+    curve = Curve((2, 4, 8), (0.4, 0.1, 0.02), 16)
+    values = [curve.at(kept) for kept in range(1, 17)]
+    assert values == sorted(values, reverse=True)
+    assert curve.at(4) == pytest.approx(0.1)
+    assert curve.at(16) == 0
+    assert Curve((), (), 16).at(15) == float("inf")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_pruned_saved_and_loaded(family: str, tmp_path: Any) -> None:
+    model = build_model(family)
+    pruned = prune_model(model, BATCHES, mu=0.45, method="shrink", sequence_length=16, config=QUICK)
+    assert 0.4 < pruned.plan.ratio <= 0.45
+    batch = make_batches([16], batch_size=1)[0]
+    assert count_matmul_macs(pruned.model, batch) == pytest.approx(pruned.plan.macs)
+    assert Plan.from_json(pruned.plan.to_json()) == pruned.plan
+    save(pruned.model, tmp_path / "small", plan=pruned.plan)
+    for attention in ("eager", "sdpa"):
+        pruned.model.set_attn_implementation(attention)
+        reloaded = load(tmp_path / "small", attn_implementation=attention).eval()
+        assert torch.equal(outputs(reloaded, BATCHES[0]), outputs(pruned.model, BATCHES[0]))
+    assert layer_sizes(layer_views(reloaded)) == layer_sizes(layer_views(pruned.model))
+
+
+def test_whole_heads_keep_their_width() -> None:
+    config = ShrinkConfig(whole_heads=True, search_seconds=1)
+    pruned = prune_model(build_model(), BATCHES, mu=0.4, method="shrink", config=config)
+    assert all(view.query_width == view.value_width == 8 for view in layer_views(pruned.model))
+    assert all(layer.value_width == 0 for layer in pruned.plan.layers)
+
+
+def test_the_search_lowers_what_it_measures_within_the_budget() -> None:
+    learnt = learn(build_model("bert", initializer_range=0.3), BATCHES, QUICK)
+    costs = CostModel.of([level.view for level in learnt.levels], Budget(0.4, 16.0))
+    first, last = (
+        Search(learnt.levels, learnt.curves, learnt.damage, costs, seconds=seconds).run() for seconds in (0, 30)
+    )
+    assert last.damage < first.damage
+    assert 0.38 * costs.dense < model_macs(last.sizes, 32, 16.0) <= 0.4 * costs.dense
+    again = learnt.damage.of([level.build(size).block for level, size in zip(learnt.levels, last.sizes, strict=True)])
+    assert again == pytest.approx(last.damage, rel=1e-5)
+
+
+def test_predictions_stay_nearer_than_with_stat() -> None:
+    model = build_model("bert", initializer_range=0.3)
+    measure = Damage(model, make_batches([3 + index % 18 for index in range(256)], batch_size=64))
+
+    def left(method: str) -> float:
+        found = prune_model(model, BATCHES, mu=0.4, method=method, sequence_length=16.0)
+        return measure.of([view.block for view in layer_views(found.model)])
+
+    assert left("shrink") < 0.8 * left("stat")
