@@ -7,7 +7,6 @@ JSON line for each run to --output, so that an interrupted comparison goes on wh
 """
 
 import argparse
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.compare_methods import Record, Results
+from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.commands.locate import find_decoder, load_model, load_tokenizer, model_class
 from shrinkformer.commands.options import BUNDLED_DECODER, DecoderOptions, resolve_device
@@ -93,14 +92,9 @@ class Comparison:
         for method, mu in points:
             found = [row for row in rows if (row["method"], row["mu"]) == (method, mu)]
             found = [row for row in found if row.get("seed") in (None, *seeds)]  # the dense model has none
-            cells = [_mean_and_spread([row[name] for row in found]) for name in names]
+            cells = [mean_and_spread([row[name] for row in found], decimals=2) for name in names]
             lines.append(f"| {method} | {mu:g} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
-
-
-def _mean_and_spread(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}" if values else ""
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, mu: Sequence[float], output: str) -> None:

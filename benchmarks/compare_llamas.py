@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.compare_decoders import Comparison, add_arguments
-from benchmarks.compare_methods import Record, Results
+from benchmarks.results import Record, Results
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.prune.result import Pruned

@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.compare_methods import Record, Results
-from benchmarks.quantization import BATCH, LENGTH, Subject, mean_and_spread, read_subject
+from benchmarks.quantization import BATCH, LENGTH, Subject, read_subject
+from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.commands.prune_opt import as_batches
@@ -60,7 +60,7 @@ def quantize(
 
 def prune_to_size(calibrated: Calibrated, wanted: int) -> PreTrainedModel:
     """About the largest pruned model that is no larger in half precision, or the smallest that there is."""
-    low, high, found = 0.0, 1.0, None
+    low, high, fitting, least = 0.0, 1.0, None, None
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         try:
@@ -69,10 +69,11 @@ def prune_to_size(calibrated: Calibrated, wanted: int) -> PreTrainedModel:
             low = middle
             continue
         if 2 * count_parameters(model) > wanted:
-            high, found = middle, found or model
+            high, least = middle, model
         else:
-            low, found = middle, model
-    assert found is not None
+            low, fitting = middle, model
+    found = fitting or least
+    assert found is not None, "no budget was met"
     return found
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.compare_llamas import CORPUS, EVALUATION_SEED, require_disjoint, write_text
-from benchmarks.compare_methods import Record, Results
 from benchmarks.peers.runner import PEERS, PeerError, run_peer
+from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.commands.prune_opt import as_batches
@@ -253,12 +253,6 @@ def table(rows: Sequence[Record], corpora: Sequence[str], quantizers: Sequence[s
             ratios = [f"{means[ours][name] / best[name]:.3f}" for name in columns]
             lines.append(f"| {ours} / {label} | " + " | ".join(ratios) + " | | | |")
     return "\n".join(lines)
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation, if there are several values."""
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

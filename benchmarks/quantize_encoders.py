@@ -11,8 +11,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.compare_methods import Record, Results
-from benchmarks.quantization import mean_and_spread
+from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.commands.locate import load_model
 from shrinkformer.commands.options import EncoderOptions, resolve_device
@@ -58,7 +57,7 @@ def table(rows: Sequence[Record], metric: str, options: argparse.Namespace) -> s
             cells = []
             for bits in options.bits:
                 values = [row[metric] for row in rows if chosen <= row.items() and row["bits"] == bits]
-                cells.append(mean_and_spread(values) if values else "")
+                cells.append(mean_and_spread(values))
             lines.append(f"| {quantizer}, {layers} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
