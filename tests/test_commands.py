@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from shrinkformer.architectures import layer_views
 from shrinkformer.commands.prune_bert import main
 from shrinkformer.prune.checkpoint import load
 from tests.conftest import ROOT, WORDS, build_model, build_tokenizer
@@ -138,6 +139,19 @@ def test_several_budgets_equal_single_runs(run: Any, tmp_path: Path) -> None:
     assert together["pruned"]["metrics"] == alone["pruned"]["metrics"]
 
 
+def test_shrink_reports_and_saves_narrow_heads(run: Any, tmp_path: Path) -> None:
+    common = ("--model_name", checkpoint(tmp_path / "mine"), "--task_name", "sst2", "--mu", "0.4", "--method", "shrink")
+    assert run(*common, "--search_seconds", "2", "--save_dir", "small") == 0
+    assert run(*common, "--search_seconds", "0", "--whole_heads", "--save_dir", "whole") == 0
+    narrow, whole = records(tmp_path, "sst2")
+    assert narrow["method"] == "shrink"
+    assert narrow["ratio"]["macs"] <= 0.4
+    assert any("value_width" in layer for layer in narrow["layers"])
+    assert not any("value_width" in layer for layer in whole["layers"])
+    widths = [(view.query_width, view.value_width) for view in layer_views(load(tmp_path / "small"))]
+    assert widths == [(layer.get("query_width", 8), layer.get("value_width", 8)) for layer in narrow["layers"]]
+
+
 def test_batch_size_changes_nothing(run: Any, tmp_path: Path) -> None:
     name = checkpoint(tmp_path / "mine")
     for size in ("1", "48"):
@@ -193,6 +207,7 @@ BAD_INPUT = {
     "mu of zero": (["--mu", "0"], r"--mu 0.0: must be in \(0, 1\]"),
     "mu above one": (["--mu", "1.2"], r"--mu 1.2: must be in \(0, 1\]"),
     "mu not a number": (["--mu", "half"], r"--mu.*half"),
+    "less than no time": (["--search_seconds", "-1"], r"--search_seconds -1.0: must not be negative"),
     "unknown flag": (["--nu", "1"], r"--nu"),
     "unknown method": (["--method", "best"], r"--method 'best' is not known.*stat"),
     "no data folder": (["--data_dir", "nowhere"], r"--data_dir nowhere: no such folder"),

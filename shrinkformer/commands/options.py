@@ -283,6 +283,7 @@ _VALUE_TYPES: dict[str, Any] = {
     str(int | None): int,
     str(tuple[str, ...]): str,
     str(tuple[float, ...]): float,
+    str(float): float,
     str(float | None): float,
     str(Path): Path,
     str(Path | None): Path,
