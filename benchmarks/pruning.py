@@ -9,7 +9,7 @@ comparison goes on where it stopped. With --figure, draws the metric over the MA
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,8 +35,6 @@ from shrinkformer.prune.shrink import ShrinkConfig
 WHOLE_HEADS = "shrink-whole-heads"
 METHODS = [*METHOD_NAMES, WHOLE_HEADS]
 
-Logits = Mapping[str, NDArray[Any]]
-
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
@@ -56,10 +54,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
+def encoder_options(options: argparse.Namespace, seed: int) -> EncoderOptions:
+    """What the commands for encoders take of a comparison's flags."""
+    same = ("model_name", "task_name", "data_dir", "bundled_data", "sample_batch_size", "batch_size")
+    return EncoderOptions(**{name: getattr(options, name) for name in same}, seed=seed)
+
+
 def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
     """All methods and budgets on one calibration sample."""
-    same = ("model_name", "task_name", "data_dir", "bundled_data", "sample_batch_size", "batch_size")
-    settings = EncoderOptions(**{name: getattr(options, name) for name in same}, mu=tuple(options.mu), seed=seed)
+    settings = encoder_options(options, seed)
     task = get_task(settings.task_name)
     source = find_model(settings.model_name, task)
     tokenizer = load_tokenizer(source)
@@ -155,9 +158,7 @@ def main() -> None:
     results = Results.read(options.output)
     for seed in options.seeds:
         run_seed(options, seed, results)
-    name = Path(options.model_name).resolve().name
-    shared = {"task": options.task_name, "samples": options.sample_batch_size}
-    rows = [row for row in results.rows if shared.items() <= row.items() and row["model"] in {name, options.model_name}]
+    rows = results.of(options.model_name, {"task": options.task_name, "samples": options.sample_batch_size})
     metric = get_task(options.task_name).metrics[0]
     dense = [row for row in rows if row["method"] == "dense"]
     print(

@@ -33,12 +33,7 @@ from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.quantizer import quantize_
 
 OURS = ("shrink", "shrink-asym", "gptq", "rtn")
-SYMMETRIC = {
-    "shrink": True,
-    "shrink-asym": False,
-    "gptq": False,
-    "rtn": False,
-}  # the last two as their authors run them
+SYMMETRIC = dict.fromkeys(OURS, False) | {"shrink": True}  # gptq and rtn as their authors run them
 
 BUNDLED = Path("models")
 LENGTH = 512
@@ -246,10 +241,14 @@ def table(rows: Sequence[Record], corpora: Sequence[str], quantizers: Sequence[s
             )
             cells += [f"{size / 1e6:.2f}", f"{seconds:.1f}", f"{peak / 1e6:.0f}"]
             lines.append(f"| {quantizer} | " + " | ".join(cells) + " |")
-    for gradient, label in ((False, "best peer"), (True, "best peer that trains")):
-        peers = [means[name] for name in means if name in PEERS and PEERS[name].gradient == gradient]
-        for ours in (name for name in ("shrink", "shrink-asym") if name in means and peers):
-            best = {name: min(peer[name] for peer in peers) for name in columns}
+    rivals = {
+        "best peer": [name for name in means if name in PEERS and not PEERS[name].gradient],
+        "best peer that trains": [name for name in means if name in PEERS and PEERS[name].gradient],
+        "gptq": [name for name in means if name == "gptq"],
+    }
+    for label, names in rivals.items():
+        for ours in (name for name in ("shrink", "shrink-asym") if name in means and names):
+            best = {column: min(means[name][column] for name in names) for column in columns}
             ratios = [f"{means[ours][name] / best[name]:.3f}" for name in columns]
             lines.append(f"| {ours} / {label} | " + " | ".join(ratios) + " | | | |")
     return "\n".join(lines)

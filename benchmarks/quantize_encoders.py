@@ -11,10 +11,11 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.pruning import encoder_options
 from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.commands.locate import load_model
-from shrinkformer.commands.options import EncoderOptions, resolve_device
+from shrinkformer.commands.options import resolve_device
 from shrinkformer.commands.prune_bert import read_job
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.prune.resources import Resources
@@ -25,8 +26,7 @@ from shrinkformer.utils.parallel import ALONE
 
 def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
     """All bits, layers and quantizers on one calibration sample."""
-    same = ("model_name", "task_name", "data_dir", "bundled_data", "sample_batch_size", "batch_size")
-    settings = EncoderOptions(**{name: getattr(options, name) for name in same}, seed=seed)
+    settings = encoder_options(options, seed)
     job = read_job(settings, resolve_device(settings.device), ALONE)
     dense, _ = load_model(job.source, job.chosen, job.device, job.dtype)
     metric = get_task(options.task_name).metrics[0]
@@ -89,7 +89,7 @@ def main() -> None:
         run_seed(options, seed, results)
     name = Path(options.model_name).resolve().name
     shared = {"task": options.task_name, "group_size": options.group_size, "samples": options.sample_batch_size}
-    rows = [row for row in results.rows if shared.items() <= row.items() and row["model"] in {name, options.model_name}]
+    rows = results.of(options.model_name, shared)
     metric = get_task(options.task_name).metrics[0]
     dense = mean_and_spread([row[metric] for row in rows if row["bits"] == 32])
     print(f"\n{name}, groups of {options.group_size}, {len(options.seeds)} seeds; dense {dense}\n")

@@ -34,6 +34,11 @@ class Results:
         """Whether a point was measured."""
         return any(key.items() <= row.items() for row in self.rows)
 
+    def of(self, model_name: str, shared: Record) -> list[Record]:
+        """Points of one model, given as a name or a folder, with some values in common."""
+        names = {model_name, Path(model_name).resolve().name}
+        return [row for row in self.rows if shared.items() <= row.items() and row["model"] in names]
+
     def add(self, key: Record, found: Record) -> None:
         """Keep and print a point.
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import LayerView, layer_views
-from shrinkformer.efficiency.macs import head_macs, neuron_macs
+from shrinkformer.efficiency.macs import neuron_macs
 from shrinkformer.efficiency.size import count_parameters
 
 GIB = 2**30
@@ -82,7 +82,7 @@ class Footprint:
 
 def block_weights(heads: int, neurons: int, view: LayerView) -> int:
     """Weights of the linear layers of a block that keeps so many heads and neurons; biases and norms are left out."""
-    head = head_macs(1, view.hidden_size, view.head_size, view.queries) - 2 * view.queries * view.head_size
+    head = (1 + view.queries) * view.hidden_size * (view.query_width + view.value_width)
     return int(heads * head + neurons * neuron_macs(1, view.hidden_size, view.architecture.feed_forward.gated))
 
 

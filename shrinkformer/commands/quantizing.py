@@ -96,7 +96,7 @@ def _quantize_in_memory(session: Session, budget: Budget, seconds: dict[str, flo
     job, options = session.job, _options(session)
     pruned, measured = _prune(session, budget, seconds)
     model = copy.deepcopy(session.model if pruned is None else pruned.model)
-    store = _open_store(session, budget)
+    store = _open_store(session, budget, None if pruned is None else pruned.plan)
     job.say(f"quantizing to {options.bits} bits by {options.quantizer}")
     found = quantize_(
         model,
@@ -163,11 +163,15 @@ def _options(session: Session) -> QuantizeOptions:
     return session.options
 
 
-def _open_store(session: Session, budget: Budget) -> QuantizedBlocks:
-    """Where finished blocks are kept until they are in a checkpoint."""
+def _open_store(session: Session, budget: Budget, plan: Plan | None = None) -> QuantizedBlocks:
+    """Where finished blocks are kept until they are in a checkpoint.
+
+    What a plan keeps is part of their key: a search that is cut short may end at another one.
+    """
     job, options = session.job, _options(session)
     target = next(iter(_targets(session, budget).values()))
-    asked = (options.quantization(job.source.dtype), budget, options.method, options.seed, session.lazily)
+    kept = None if plan is None else [replace(layer, attention_error=0.0, ffn_error=0.0) for layer in plan.layers]
+    asked = (options.quantization(job.source.dtype), budget, options.method, options.seed, session.lazily, kept)
     return session.open_blocks(QuantizedBlocks, target, "blocks", str(asked))
 
 

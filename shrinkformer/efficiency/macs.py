@@ -30,8 +30,7 @@ def head_macs(sequence_length: float, hidden_size: int, head_size: int, queries:
     >>> head_macs(128, 768, 64)
     27262976
     """
-    projections = (2 + 2 * queries) * sequence_length * hidden_size * head_size
-    return projections + 2 * queries * sequence_length**2 * head_size
+    return attention_macs(sequence_length, hidden_size, LayerSize(1, head_size, neurons=0, queries=queries))
 
 
 def attention_macs(sequence_length: float, hidden_size: int, layer: "LayerSize") -> float:

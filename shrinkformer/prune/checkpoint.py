@@ -26,6 +26,7 @@ from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.surgery import kept_sizes
 
 FORMAT = 1
 PLAN_FILE = "shrinkformer_plan.json"
@@ -162,7 +163,7 @@ def describe(config: PreTrainedConfig, sizes: Sequence[LayerSize], plan: Plan | 
         "format": FORMAT,
         "architecture": architecture.to_dict(),
         "head_size": max(layer.head_size for layer in sizes),
-        "layers": [_sizes(layer) for layer in sizes],
+        "layers": [kept_sizes(layer) for layer in sizes],
         "versions": {
             "shrinkformer": importlib.metadata.version("shrinkformer"),
             "transformers": transformers.__version__,
@@ -180,16 +181,6 @@ def describe(config: PreTrainedConfig, sizes: Sequence[LayerSize], plan: Plan | 
             "heads": [list(layer.heads) for layer in plan.layers],  # which; neurons stand in the plan's own file
         }
     config.shrinkformer = section
-
-
-def _sizes(layer: LayerSize) -> dict[str, int]:
-    """What ``pruned_modeling.set_block_sizes`` needs to know of a block beside its stock class."""
-    return {
-        "heads": layer.heads,
-        "neurons": layer.neurons,
-        "query_width": layer.query_width,
-        "value_width": layer.value_width,
-    }
 
 
 def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:

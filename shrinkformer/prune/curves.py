@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from shrinkformer.architectures import LayerView
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.prune.damage import Damage
 from shrinkformer.prune.levels import BlockLevels
@@ -55,12 +56,12 @@ class Curve:
 BlockCurves = dict[str, Curve]
 
 
-def narrowable(levels: BlockLevels) -> tuple[str, ...]:
+def narrowable(view: LayerView) -> tuple[str, ...]:
     """Which parts of a block may become smaller beside its heads and neurons."""
-    attention = levels.view.architecture.attention
+    attention = view.architecture.attention
     if attention.fused:
         return ()
-    return (VALUES,) if attention.rotary or levels.view.queries > 1 else (QUERIES, VALUES)
+    return (VALUES,) if attention.rotary or view.queries > 1 else (QUERIES, VALUES)
 
 
 def measure_curves(
@@ -78,7 +79,7 @@ def measure_curves(
     found = []
     for view in progress([level.view for level in levels]):
         level = levels[view.index]
-        parts = [HEADS, NEURONS] if whole_heads else [HEADS, *narrowable(level), NEURONS]
+        parts = [HEADS, NEURONS] if whole_heads else [HEADS, *narrowable(view), NEURONS]
         curves = {}
         for part in PARTS:
             full = int(getattr(level.size, part))

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
-from shrinkformer.prune.divergence import divergence, is_distribution, predictions
+from shrinkformer.prune.divergence import Predictions, divergence, predictions
 from shrinkformer.prune.fisher import enough
 from shrinkformer.prune.statistics import Batches
-from shrinkformer.prune.stream import BlockStream, count_tokens
+from shrinkformer.prune.stream import BlockStream
 from shrinkformer.utils.parallel import ALONE, Workers
 from shrinkformer.utils.precision import half_precision
 
@@ -38,47 +38,42 @@ class Damage:
         with torch.no_grad(), half_precision(self._device):
             self._stream = BlockStream(model, share)
             self._entrances = [[self._stream.hidden(index) for index in range(len(self._stream))]]
-        self.tokens = count_tokens(share)
         blocks = [view.block for view in layer_views(model)]
-        self._distribution = True
-        self._dense: list[tuple[Tensor, ...]] = []
-        self._enter(0, blocks)
-        self._rows = torch.tensor(sum(len(part[0]) for part in self._dense), dtype=torch.float64, device=self._device)
+        self.enter(blocks)
+        with torch.no_grad():
+            self._dense = list(self._predictions(blocks, len(blocks) - 1))
+        rows = sum(len(dense.parts[0]) for dense in self._dense)
+        self._rows = torch.tensor(rows, dtype=torch.float64, device=self._device)
         workers.sum_(self._rows)
 
     @torch.no_grad()
-    def enter(self, blocks: Sequence[nn.Module], start: int = 0) -> None:
-        """Put the examples at the entrances of other blocks; those up to ``start`` are the same as before."""
-        del self._entrances[start + 1 :]
+    def enter(self, blocks: Sequence[nn.Module]) -> None:
+        """Put the examples at the entrances of other blocks."""
+        del self._entrances[1:]
         with half_precision(self._device):
-            for position in range(start, len(blocks) - 1):
-                self._entrances.append(
-                    [self._step(blocks[position], index, position) for index in range(len(self._stream))]
-                )
+            for block in blocks[:-1]:
+                before = self._entrances[-1]
+                self._entrances.append([self._behind([block], before, index) for index in range(len(self._stream))])
 
     @torch.no_grad()
     def of(self, blocks: Sequence[nn.Module], start: int = 0) -> float:
         """Mean divergence per prediction of the model with these blocks; those before ``start`` were entered."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for dense, found in zip(self._dense, self._predictions(blocks, start), strict=True):
-            total += divergence(dense, found, distribution=self._distribution)
+            total += divergence(dense, found)
         self._workers.sum_(total)
         return max(0.0, float(total / self._rows))
 
-    def _enter(self, start: int, blocks: Sequence[nn.Module]) -> None:
-        self.enter(blocks, start)
-        self._dense = list(self._predictions(blocks, len(blocks) - 1))
+    def _behind(self, blocks: Sequence[nn.Module], entrance: Sequence[Tensor], index: int) -> Tensor:
+        """Send a micro-batch from the entrance of the first of some blocks to the exit of the last."""
+        self._stream.replace(index, entrance[index])
+        for block in blocks:
+            self._stream.replace(index, self._stream.call(block, index))
+        return self._stream.hidden(index)
 
-    def _step(self, block: nn.Module, index: int, position: int) -> Tensor:
-        self._stream.replace(index, self._entrances[position][index])
-        return self._stream.call(block, index)
-
-    def _predictions(self, blocks: Sequence[nn.Module], start: int) -> Iterator[tuple[Tensor, ...]]:
+    def _predictions(self, blocks: Sequence[nn.Module], start: int) -> Iterator[Predictions]:
         with half_precision(self._device):
             for index in range(len(self._stream)):
-                self._stream.replace(index, self._entrances[start][index])
-                for block in blocks[start:]:
-                    self._stream.replace(index, self._stream.call(block, index))
+                self._behind(blocks[start:], self._entrances[start], index)
             for index, output in enumerate(self._stream.outputs()):
-                self._distribution = is_distribution(output)
                 yield predictions(output, self._stream.mask(index))

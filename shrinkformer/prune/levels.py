@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from shrinkformer.architectures import LayerView
+from shrinkformer.architectures import LayerView, unit_columns
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.groups import elimination_order
@@ -102,7 +102,7 @@ class BlockLevels:
     def _fewer_neurons(self, count: int) -> Filling:
         feed_forward, kept = self.view.architecture.feed_forward, self.kept_neurons(count)
         output = self.view.feed_forward_output
-        new = fold_projected(self.neurons.second, Projected.columns(kept), output.weight.double().T)
+        new = fold_projected(self.neurons.second, Projected(kept), output.weight.double().T)
         filling = {path: Weights.rows(self.view.linear(path), kept) for path in feed_forward.inputs}
         return {**filling, feed_forward.output: Weights(new.T, output.bias)}
 
@@ -111,10 +111,9 @@ class BlockLevels:
         filling = {path: Weights.rows(view.linear(path), rows) for path, rows in view.head_rows(kept).items()}
         if query_width < view.query_width:
             left, right = zip(*[self._matched[head] for head in kept.tolist()], strict=True)
-            per_query = [basis[:, :query_width] for basis in left for _ in range(view.queries)]
-            filling[attention.query] = filling[attention.query].mixed(per_query)
+            filling[attention.query] = filling[attention.query].mixed([basis[:, :query_width] for basis in left])
             filling[attention.key] = filling[attention.key].mixed([basis[:, :query_width] for basis in right])
-        projected = Projected.columns(_columns(kept, view.head_width))
+        projected = Projected(unit_columns(kept, view.head_width))
         if value_width < view.value_width:
             bases = [self._value_bases[head][:, :value_width] for head in kept.tolist()]
             filling[attention.value] = filling[attention.value].mixed(bases)
@@ -158,7 +157,3 @@ class BlockLevels:
         if linear.bias is not None:
             mean = mean + linear.bias.double()
         return about_mean + torch.outer(mean, mean), about_mean
-
-
-def _columns(units: Tensor, width: int) -> Tensor:
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()

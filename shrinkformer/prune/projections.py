@@ -1,7 +1,7 @@
 """Fewer dimensions for the vectors of a head, and the consumer's weights that go with them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,12 +23,7 @@ class Projected:
     """
 
     kept: Tensor
-    bases: Sequence[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def columns(cls, kept: Tensor) -> "Projected":
-        """Columns as they are."""
-        return cls(kept)
+    bases: Sequence[Tensor] = ()
 
 
 def fold_projected(second: Tensor, projected: Projected, weight: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.statistics import Batches, LayerMoments, Progress, Statistics, stream_statistics
 from shrinkformer.prune.stream import BlockStream
-from shrinkformer.prune.surgery import remove_heads, remove_neurons
+from shrinkformer.prune.surgery import remove_heads, remove_neurons, with_blocks
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,7 @@ class Ranked:
         with timed(seconds, "refit"):
             config = copy.deepcopy(self.model.config)
             views, layers = zip(*self.prune_blocks(counts, config), strict=True)
-            # What deepcopy finds in its memo it takes for copied: everything but blocks and configuration is copied.
-            old = layer_views(self.model)
-            replaced = {id(dense.block): view.block for dense, view in zip(old, views, strict=True)}
-            model = copy.deepcopy(self.model, {**replaced, id(self.model.config): config})
+            model = with_blocks(self.model, [view.block for view in views], config)
         plan = self.plan(budget, counts, layers)
         describe_sizes(model, plan)
         return Pruned(model, plan, seconds)

@@ -71,16 +71,33 @@ class Sums:
         """Sum over all processes."""
         workers.sum_(*self.parts)
 
-    def centred(self, intercept: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def centred(self, intercept: bool) -> "_Centred":
         """Second, cross and square sums, about the means if there is an intercept."""
         if not intercept or not self.weight:
-            return self.second, self.cross, self.square
+            return _Centred(self.second, self.cross, self.square)
         mean = self.input_total / self.weight
-        return (
+        return _Centred(
             self.second - torch.outer(self.input_total, mean),
             self.cross - torch.outer(mean, self.output_total),
             self.square - self.output_total.square().sum() / self.weight,
         )
+
+
+@dataclass(frozen=True)
+class _Centred:
+    second: Tensor
+    cross: Tensor
+    square: Tensor
+
+    def solve(self, prior: Tensor, ridge: float) -> Tensor:
+        """The best weight, held towards a prior."""
+        factor, used = damped_cholesky(self.second, ridge)
+        pull = used * self.second.diagonal().mean()
+        return torch.cholesky_solve(self.cross + pull * prior, factor)
+
+    def loss(self, weight: Tensor) -> float:
+        """Squared error less the square of the outputs."""
+        return float(((self.second @ weight - 2 * self.cross) * weight).sum())
 
 
 @dataclass(frozen=True)
@@ -119,29 +136,18 @@ def ridge_regression(
         whole.merge(half)
     prior, chosen = prior.double(), float("inf")
     if all(float(half.weight) > 0 for half in halves):
-        least = sum(_loss(half, prior, intercept) for half in halves)
+        centred = [half.centred(intercept) for half in halves]
+        least = sum(half.loss(prior) for half in centred)
         for ridge in ridges:
-            crossed = zip(halves, reversed(halves), strict=True)
-            loss = sum(_loss(judge, _solve(half, prior, ridge, intercept), intercept) for half, judge in crossed)
+            crossed = zip(centred, reversed(centred), strict=True)
+            loss = sum(judge.loss(half.solve(prior, ridge)) for half, judge in crossed)
             if loss < least:
                 least, chosen = loss, ridge
-    weight = prior if chosen == float("inf") else _solve(whole, prior, chosen, intercept)
+    everything = whole.centred(intercept)
+    weight = prior if chosen == float("inf") else everything.solve(prior, chosen)
     bias = torch.zeros_like(whole.output_total)
     if intercept and whole.weight:
         bias = (whole.output_total - whole.input_total @ weight) / whole.weight
-    square = float(whole.centred(intercept)[2])
-    error = max(0.0, 1 + _loss(whole, weight, intercept) / square) ** 0.5 if square > 0 else 0.0
+    square = float(everything.square)
+    error = max(0.0, 1 + everything.loss(weight) / square) ** 0.5 if square > 0 else 0.0
     return Fit(weight, bias, chosen, error)
-
-
-def _solve(sums: Sums, prior: Tensor, ridge: float, intercept: bool) -> Tensor:
-    second, cross, _ = sums.centred(intercept)
-    factor, used = damped_cholesky(second, ridge)
-    pull = used * second.diagonal().mean()
-    return torch.cholesky_solve(cross + pull * prior, factor)
-
-
-def _loss(sums: Sums, weight: Tensor, intercept: bool) -> float:
-    """Squared error less the square of the outputs."""
-    second, cross, _ = sums.centred(intercept)
-    return float(((second @ weight - 2 * cross) * weight).sum())

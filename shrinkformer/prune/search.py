@@ -37,12 +37,10 @@ class Found:
     Attributes:
         sizes: Of the blocks.
         damage: On the examples, before any refit to the pruned model.
-        sweeps: Rounds of improvement.
     """
 
     sizes: list[LayerSize]
     damage: float
-    sweeps: int
 
 
 class Search:
@@ -80,7 +78,7 @@ class Search:
             BudgetError: The budget is below what every block must keep.
         """
         if self._costs.budget.mu == 1:
-            return Found([level.size for level in self._levels], 0.0, 0)
+            return Found([level.size for level in self._levels], 0.0)
         groups = [
             group
             for curves, level in zip(self._curves, self._levels, strict=True)
@@ -144,8 +142,7 @@ class Search:
                 continue
             sizes, blocks, least = found
             self._say(f"round {sweeps}: divergence {least:.5f}")
-        self._damage.enter([level.view.block for level in self._levels])
-        return Found(sizes, least, sweeps)
+        return Found(sizes, least)
 
     def _attempt(
         self, groups: Sequence[Sequence[Option[LayerSize]]], sizes: list[LayerSize], least: float

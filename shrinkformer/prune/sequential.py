@@ -59,9 +59,10 @@ def refit_blocks(
     dense_stream, stream = BlockStream(model, share), BlockStream(model, share)
     sites = block_sites(blocks[0].architecture)
     errors = []
-    first = _first_changed(layer_views(model), blocks)
+    dense_views = layer_views(model)
+    first = _first_changed(dense_views, blocks)
     for view in progress(blocks):
-        dense_view = layer_views(model)[view.index]
+        dense_view = dense_views[view.index]
         if view.index < first:
             dense_stream.run(dense_view.block)
             stream.run(view.block)

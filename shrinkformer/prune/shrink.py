@@ -12,7 +12,7 @@ from shrinkformer.architectures import layer_views
 from shrinkformer.efficiency.macs import LayerSize, model_macs
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe_sizes
-from shrinkformer.prune.curves import BlockCurves, measure_curves
+from shrinkformer.prune.curves import QUERIES, BlockCurves, measure_curves, narrowable
 from shrinkformer.prune.damage import Damage
 from shrinkformer.prune.levels import BlockLevels
 from shrinkformer.prune.methods import SHRINK
@@ -23,6 +23,7 @@ from shrinkformer.prune.search import Found, Search
 from shrinkformer.prune.sensitivity import Sensitivity, learn_sensitivity
 from shrinkformer.prune.sequential import RefitErrors, refit_blocks
 from shrinkformer.prune.statistics import Batches, Progress, stream_statistics
+from shrinkformer.prune.surgery import with_blocks
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,7 @@ class Shrinker:
         """A copy of the model with smaller blocks."""
         config = copy.deepcopy(self.model.config)
         blocks = [level.build(size, config).block for level, size in zip(self.levels, sizes, strict=True)]
-        old = layer_views(self.model)
-        # What deepcopy finds in its memo it takes for copied.
-        replaced = {id(dense.block): block for dense, block in zip(old, blocks, strict=True)}
-        return copy.deepcopy(self.model, {**replaced, id(self.model.config): config})
+        return with_blocks(self.model, blocks, config)
 
     def _plan(self, costs: CostModel, found: Found, errors: Sequence[RefitErrors]) -> Plan:
         layers = []
@@ -168,8 +166,9 @@ def learn(
     began, workers = perf_counter(), resources.workers
     seconds: dict[str, float] = {}
     levels = []
+    inputs = not config.whole_heads and QUERIES in narrowable(layer_views(model)[0])
     with torch.no_grad():
-        moments = stream_statistics(model, batches, resources, progress=progress, inputs=not config.whole_heads)
+        moments = stream_statistics(model, batches, resources, progress=progress, inputs=inputs)
         found = [(view, of_block) for view, of_block in moments]
     sensitivity = learn_sensitivity(model, batches, seed=seed, workers=workers)
     for view, of_block in found:

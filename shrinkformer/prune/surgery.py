@@ -1,12 +1,14 @@
 """Make a block really smaller."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from shrinkformer.architectures import LayerView, Projection
+from shrinkformer.architectures import LayerView, Projection, layer_views
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.pruned_modeling import set_block_sizes
@@ -41,6 +43,13 @@ class Weights:
         return Weights(weight, torch.cat([part @ basis for basis, part in zip(bases, biases, strict=True)]))
 
 
+def with_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module], config: PreTrainedConfig) -> PreTrainedModel:
+    """A copy of a model with other blocks, and with the configuration that they refer to."""
+    replaced = {id(view.block): block for view, block in zip(layer_views(model), blocks, strict=True)}
+    # What deepcopy finds in its memo it takes for copied: everything but blocks and configuration is copied.
+    return copy.deepcopy(model, {**replaced, id(model.config): config})
+
+
 @torch.no_grad()
 def remove_heads(view: LayerView, kept: Tensor, consumer: Consumer) -> None:
     """Remove the heads of a block that are not kept; in place.
@@ -70,6 +79,11 @@ def remove_neurons(view: LayerView, kept: Tensor, consumer: Consumer) -> None:
     rebuild(view, replace(layer_sizes([view])[0], neurons=len(kept)), filling)
 
 
+def kept_sizes(size: LayerSize) -> dict[str, int]:
+    """What ``set_block_sizes`` needs to know of a block beside its stock class; checkpoints hold it."""
+    return {name: getattr(size, name) for name in ("heads", "neurons", "query_width", "value_width")}
+
+
 @torch.no_grad()
 def rebuild(view: LayerView, size: LayerSize, filling: Mapping[str, Weights]) -> None:
     """Resize a block as the checkpoint loader does, then fill every layer with its old or new weights; in place.
@@ -83,14 +97,7 @@ def rebuild(view: LayerView, size: LayerSize, filling: Mapping[str, Weights]) ->
     paths = (*record.attention.producers, record.attention.output, *record.feed_forward.inputs)
     linears = {path: view.linear(path) for path in (*paths, record.feed_forward.output)}
     filled = {path: Weights(linear.weight, linear.bias) for path, linear in linears.items()} | dict(filling)
-    set_block_sizes(
-        view.block,
-        record.to_dict(),
-        heads=size.heads,
-        neurons=size.neurons,
-        query_width=size.query_width,
-        value_width=size.value_width,
-    )
+    set_block_sizes(view.block, record.to_dict(), **kept_sizes(size))
     for path, new in filled.items():
         linear = view.linear(path)
         linear.weight.copy_(new.weight)
