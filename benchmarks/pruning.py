@@ -9,7 +9,9 @@ comparison goes on where it stopped. With --figure, draws the metric over the MA
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,26 +34,42 @@ from shrinkformer.prune.methods import METHOD_NAMES
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.shrink import ShrinkConfig
 
-WHOLE_HEADS = "shrink-whole-heads"
-METHODS = [*METHOD_NAMES, WHOLE_HEADS]
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table.
+
+    Attributes:
+        method: Name of the pruning method.
+        config: Choices of ``shrink`` beside the time of its search.
+        patch: What is changed in the method while it runs.
+    """
+
+    method: str
+    config: ShrinkConfig = ShrinkConfig()
+    patch: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+VARIANTS = {name: Variant(name) for name in METHOD_NAMES}
+VARIANTS["shrink-whole-heads"] = Variant("shrink", ShrinkConfig(whole_heads=True))
+
+
+def parse_arguments(variants: Sequence[str], description: str | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name", required=True)
     parser.add_argument("--task_name", required=True)
     parser.add_argument("--data_dir", type=Path, default=None)
     parser.add_argument("--bundled_data", action="store_true")
     parser.add_argument("--mu", type=float, nargs="+", default=[0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=variants, choices=variants, metavar="METHOD")
     parser.add_argument("--sample_batch_size", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--search_seconds", type=float, default=ShrinkConfig().search_seconds)
     parser.add_argument("--output", type=Path, default=Path("output/pruning.jsonl"))
     parser.add_argument("--figure", type=Path, default=None, help="PNG to draw (needs matplotlib)")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def encoder_options(options: argparse.Namespace, seed: int) -> EncoderOptions:
@@ -60,7 +78,7 @@ def encoder_options(options: argparse.Namespace, seed: int) -> EncoderOptions:
     return EncoderOptions(**{name: getattr(options, name) for name in same}, seed=seed)
 
 
-def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
+def run_seed(options: argparse.Namespace, seed: int, results: Results, variants: Mapping[str, Variant]) -> None:
     """All methods and budgets on one calibration sample."""
     settings = encoder_options(options, seed)
     task = get_task(settings.task_name)
@@ -85,15 +103,16 @@ def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
     if not results.has(key("dense", 1.0)):
         results.add(key("dense", 1.0), {"macs": 1.0, **figures(dense, dense, task.metrics[0])})
     for method in dict.fromkeys(name for name, _ in missing):
-        config = ShrinkConfig(whole_heads=method == WHOLE_HEADS, search_seconds=options.search_seconds)
-        name = "shrink" if method == WHOLE_HEADS else method
-        calibrated = calibrate(model, batches, method=name, seed=seed, config=config)
-        for mu in (mu for name, mu in missing if name == method):
-            began = perf_counter()
-            pruned = calibrated.prune(Budget(mu, sum(lengths) / len(lengths)))
-            seconds = perf_counter() - began + sum(calibrated.seconds.values())
-            found = figures(judge(pruned.model), dense, task.metrics[0])
-            results.add(key(method, mu), {"macs": pruned.plan.ratio, **found, "seconds": round(seconds, 1)})
+        variant = variants[method]
+        config = replace(variant.config, search_seconds=min(options.search_seconds, variant.config.search_seconds))
+        with variant.patch():
+            calibrated = calibrate(model, batches, method=variant.method, seed=seed, config=config)
+            for mu in (mu for name, mu in missing if name == method):
+                began = perf_counter()
+                pruned = calibrated.prune(Budget(mu, sum(lengths) / len(lengths)))
+                seconds = perf_counter() - began + sum(calibrated.seconds.values())
+                found = figures(judge(pruned.model), dense, task.metrics[0])
+                results.add(key(method, mu), {"macs": pruned.plan.ratio, **found, "seconds": round(seconds, 1)})
 
 
 def figures(found: Evaluation, dense: Evaluation, metric: str) -> Record:
@@ -151,13 +170,13 @@ def draw(rows: list[Record], metric: str, options: argparse.Namespace) -> None:
     figure.savefig(options.figure, dpi=120)
 
 
-def main() -> None:
+def compare(variants: Mapping[str, Variant], description: str | None) -> None:
     """Run what is missing, then print the tables."""
-    options = parse_arguments()
+    options = parse_arguments(list(variants), description)
     quiet_libraries()
     results = Results.read(options.output)
     for seed in options.seeds:
-        run_seed(options, seed, results)
+        run_seed(options, seed, results, variants)
     rows = results.of(options.model_name, {"task": options.task_name, "samples": options.sample_batch_size})
     metric = get_task(options.task_name).metrics[0]
     dense = [row for row in rows if row["method"] == "dense"]
@@ -171,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    compare(VARIANTS, __doc__)

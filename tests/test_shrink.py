@@ -2,6 +2,7 @@
 
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.curves import Curve, sized
 from shrinkformer.prune.damage import Damage
-from shrinkformer.prune.divergence import divergence, predictions
+from shrinkformer.prune.divergence import Judge, divergence, predictions
 from shrinkformer.prune.groups import elimination_order
 from shrinkformer.prune.knapsack import Option, choose, frontier
 from shrinkformer.prune.levels import BlockLevels
@@ -22,9 +23,12 @@ from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.projections import Projected, fold_projected, matching_bases, value_basis
 from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.regression import Sums, ridge_regression
+from shrinkformer.prune.samples import hold_out, spread
 from shrinkformer.prune.search import Search
 from shrinkformer.prune.sensitivity import ATTENTION, learn_sensitivity
+from shrinkformer.prune.sequential import RefitErrors
 from shrinkformer.prune.shrink import ShrinkConfig, Shrinker, learn
+from shrinkformer.prune.stream import count_tokens
 from tests.conftest import FAMILIES, build_model, make_batches
 from tests.test_architectures import outputs
 
@@ -200,6 +204,62 @@ def test_damage_is_the_divergence_of_the_whole_model() -> None:
             by_hand += float(divergence(dense, found))
             count += len(mask)
     assert measured == pytest.approx(by_hand / count, rel=0.05)  # it passes examples in bfloat16 where that is fast
+
+
+def count(batches: Any) -> int:
+    return sum(len(batch["attention_mask"]) for batch in batches)
+
+
+def test_some_examples_come_from_everywhere() -> None:
+    marked = [{**batch, "number": torch.arange(16) + 16 * index} for index, batch in enumerate(BATCHES)]
+    total = count_tokens(marked)
+    some = spread(marked, total // 4)
+    numbers = torch.cat([batch["number"] for batch in some]).tolist()
+    assert numbers == list(range(3, 64, 4))
+    assert count_tokens(some) == pytest.approx(total / 4, rel=0.2)
+    assert count(spread(marked, 1)) == 1
+    assert all(one is other for one, other in zip(spread(marked, total), marked, strict=True))
+
+
+def test_examples_set_aside_are_used_for_nothing_else() -> None:
+    marked = [{**batch, "number": torch.arange(16) + 16 * index} for index, batch in enumerate(BATCHES)]
+    kept, aside = hold_out(marked)
+    assert count(aside) == 8
+    everything = torch.cat([batch["number"] for batch in [*kept, *aside]]).tolist()
+    assert sorted(everything) == list(range(64))
+    few = [marked[0]]
+    assert hold_out(few) == (few, few)
+
+
+def test_the_judge_agrees_with_the_damage_of_blocks() -> None:
+    model = build_model("bert")
+    pruned = prune_model(model, BATCHES, mu=0.5, method="stat")
+    measured = Damage(model, BATCHES).of([view.block for view in layer_views(pruned.model)])
+    judge = Judge(model, BATCHES)
+    assert judge.of(model) == 0
+    assert judge.of(pruned.model) == pytest.approx(measured, rel=1e-4)
+
+
+def test_what_is_nearer_to_the_dense_model_wins() -> None:
+    learnt = learn(build_model("bert", initializer_range=0.3), BATCHES, QUICK)
+    budget = Budget(0.5, 16.0)
+    pruned = learnt.prune(budget)
+    assert pruned.plan.divergences == {
+        "shrink": pytest.approx(learnt.judge.of(pruned.model), rel=0.5),  # made from more examples in the end
+        "stat": pytest.approx(learnt.judge.of(learnt.rival.prune(budget).model)),
+    }
+    assert pruned.plan.method == "shrink"
+    with mock.patch("shrinkformer.prune.shrink.refit_blocks", spoil):
+        rescued = learnt.prune(budget)
+    assert rescued.plan.method == "stat"
+    assert rescued.plan.divergences["stat"] == pruned.plan.divergences["stat"] < rescued.plan.divergences["shrink"]
+    assert rescued.plan.ratio <= 0.5
+
+
+def spoil(model: Any, blocks: Any, *_: Any, **__: Any) -> list[RefitErrors]:
+    for view in blocks:
+        torch.nn.init.normal_(view.feed_forward_output.weight, std=10)
+    return [RefitErrors(1.0, 1.0) for _ in blocks]
 
 
 def test_sensitivity_knows_what_a_classifier_reads() -> None:

@@ -92,6 +92,7 @@ class Run:
                 "pruned": self.pruned.to_dict(),
                 "sequence_length": self.plan.sequence_length,
                 "layers": _plan_rows(self.plan),
+                **({"held_out_divergence": self.plan.divergences} if self.plan.divergences else {}),
             }
         if self.quantized is not None and self.quantization is not None:
             record |= _quantized_section(self.quantized, self.quantization)

@@ -8,14 +8,20 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.prune.divergence import Predictions, divergence, predictions
-from shrinkformer.prune.fisher import enough
+from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.utils.parallel import ALONE, Workers
 from shrinkformer.utils.precision import half_precision
 
-TOKENS = 8_192
-"""Tokens on which damage is measured, at most."""
+TOKENS = 16_384
+"""Tokens on which plans are compared: a search on fewer examples finds what suits those and no others."""
+
+FEW_TOKENS = 4_096
+"""Tokens that are enough for the curves of single parts."""
+
+FEW_TOKENS = 2_048
+"""Tokens that show which of several changes does less damage."""
 
 _KEPT_NUMBERS = 1.5e8  # of the dense model's log-probabilities; large vocabularies get fewer tokens
 
@@ -25,16 +31,19 @@ class Damage:
 
     Args:
         model: The dense model, in memory, in evaluation mode.
-        batches: Examples of all workers; the first of them are used.
+        batches: Examples of all workers, of which some are used.
         workers: Share the examples; all of them get the same figures.
+        tokens: In about so many tokens, less where vocabularies are large.
 
     Examples pass in bfloat16 where that is fast, both models alike.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Batches, workers: Workers = ALONE) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: Batches, workers: Workers = ALONE, tokens: int = TOKENS
+    ) -> None:
         self._workers, self._device = workers, model.device
         per_token = getattr(model.config, "vocab_size", 1) if model.can_generate() else 1
-        share = workers.share(enough(batches, min(TOKENS, max(1, int(_KEPT_NUMBERS / per_token)))))
+        share = workers.share(spread(batches, min(tokens, max(1, int(_KEPT_NUMBERS / per_token)))))
         with torch.no_grad(), half_precision(self._device):
             self._stream = BlockStream(model, share)
             self._entrances = [[self._stream.hidden(index) for index in range(len(self._stream))]]

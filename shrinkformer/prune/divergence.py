@@ -1,10 +1,17 @@
 """How far the predictions of a smaller model are from those of the dense one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from shrinkformer.prune.statistics import Batches
+from shrinkformer.prune.stream import model_inputs
+from shrinkformer.utils.parallel import ALONE, Workers
+from shrinkformer.utils.precision import half_precision
 
 
 @dataclass(frozen=True)
@@ -59,3 +66,36 @@ def divergence(dense: Predictions, other: Predictions) -> Tensor:
         else:
             total += (ours - theirs).square().sum(dtype=torch.float64) / 2
     return total
+
+
+class Judge:
+    """What the dense model predicts for examples that judge smaller models.
+
+    Args:
+        model: The dense model, in memory, in evaluation mode.
+        batches: Examples of all workers that no smaller model is made from.
+        workers: Share the examples; all of them get the same figures.
+
+    Examples pass in bfloat16 where that is fast, all models alike.
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Batches, workers: Workers = ALONE) -> None:
+        self._batches, self._workers = workers.share(batches), workers
+        self._dense = [self._predictions(model, batch) for batch in self._batches]
+        rows = sum(len(dense.parts[0]) for dense in self._dense)
+        self._rows = torch.tensor(rows, dtype=torch.float64, device=model.device)
+        workers.sum_(self._rows)
+
+    def of(self, model: PreTrainedModel) -> float:
+        """Mean divergence per prediction."""
+        total = torch.zeros_like(self._rows)
+        for dense, batch in zip(self._dense, self._batches, strict=True):
+            total += divergence(dense, self._predictions(model, batch))
+        self._workers.sum_(total)
+        return max(0.0, float(total / self._rows))
+
+    @torch.no_grad()
+    def _predictions(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Predictions:
+        mask = batch["attention_mask"].bool()
+        with half_precision(model.device):
+            return predictions(model(**model_inputs(model, batch)), mask)

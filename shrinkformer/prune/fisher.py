@@ -5,7 +5,7 @@ where ``G`` is the Fisher information: the second moment of gradients of the log
 from the model's own predictions. Errors in directions that softmax, ReLU or the next layer ignore cost nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.utils.inputs import accepted_inputs
 from shrinkformer.utils.parallel import ALONE, Workers
@@ -55,7 +56,7 @@ def output_metrics(
     def add(name: Name, gradients: Tensor) -> None:
         sums[name] = sums[name] + square(gradients) if name in sums else square(gradients)
 
-    pass_gradients(model, layers, workers.share(enough(batches, tokens)), add, seed=seed)
+    pass_gradients(model, layers, workers.share(spread(batches, tokens)), add, seed=seed)
     for name in layers:
         workers.sum_(sums[name])
     return sums
@@ -93,19 +94,6 @@ def square(gradients: Tensor) -> Tensor:
     rows = gradients.reshape(-1, gradients.shape[-1]).float()
     with fast_products(rows.device):
         return rows.T @ rows
-
-
-def enough(batches: Batches, tokens: int) -> Sequence[Mapping[str, Tensor]]:
-    """The first batches, the last of them cut, that hold a number of tokens."""
-    chosen: list[Mapping[str, Tensor]] = []
-    for batch in batches:
-        count = batch["attention_mask"].sum(1).cumsum(0)
-        fitting = max(1, int((count <= tokens).sum()))
-        chosen.append({name: value[:fitting] for name, value in batch.items()})
-        tokens -= int(count[fitting - 1])
-        if tokens <= 0 or fitting < len(count):
-            break
-    return chosen
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -39,6 +39,8 @@ class Plan:
         dense_macs: MACs of the model before pruning.
         macs: MACs of the model after pruning.
         layers: One entry per block, first to last.
+        divergences: Where several models were made, how far each is from the dense one on examples that none of them
+            was made from, by method; ``method`` is the nearest.
     """
 
     method: str
@@ -48,6 +50,7 @@ class Plan:
     dense_macs: float
     macs: float
     layers: tuple[LayerPlan, ...]
+    divergences: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:

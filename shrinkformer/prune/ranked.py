@@ -145,8 +145,12 @@ def rank_units(
     seed: int = 0,
     progress: Progress = iter,
     resources: Resources | None = None,
+    moments: Sequence[tuple[LayerView, LayerMoments]] | None = None,
 ) -> Ranked:
-    """Learn what a ranking method needs to prune to any budget; arguments and errors are those of ``calibrate``."""
+    """Learn what a ranking method needs to prune to any budget; arguments and errors are those of ``calibrate``.
+
+    ``moments`` are those of all blocks on the same examples, where they are known already.
+    """
     chosen, resources = get_method(method), resources or Resources()
     assert resources.offload is None or resources.store is not None, "offloaded moments need a store"
     model.eval()
@@ -155,11 +159,11 @@ def rank_units(
     rankings = []
     began = perf_counter()
     with torch.no_grad():
-        for view, moments in _learn(model, batches, resources, progress, chosen):
+        for view, found in moments or _learn(model, batches, resources, progress, chosen):
             with timed(seconds, "selection"):
-                rankings.append(_rank(chosen, view, moments, seed))
-            if statistics is not None and moments is not None and resources.offload is None:
-                statistics.layers[view.index] = moments
+                rankings.append(rank_block(chosen, view, found, seed))
+            if statistics is not None and found is not None and resources.offload is None:
+                statistics.layers[view.index] = found
     seconds["calibration"] = perf_counter() - began - seconds["selection"]
     return Ranked(model, batches, chosen, seed, statistics, tuple(rankings), resources, seconds)
 
@@ -176,7 +180,12 @@ def _learn(
             yield view, None
 
 
-def _rank(method: Method, view: LayerView, moments: LayerMoments | None, seed: int) -> LayerRanking:
+def rank_block(method: Method, view: LayerView, moments: LayerMoments | None, seed: int) -> LayerRanking:
+    """Rank the heads and neurons of a block.
+
+    Raises:
+        NumericalError: A weight is NaN or infinite.
+    """
     for linear in (view.attention_output, view.feed_forward_output):
         if not torch.isfinite(linear.weight).all():
             raise NumericalError(f"layer {view.index}: the weights contain NaN or infinity; use another checkpoint.")

@@ -25,7 +25,8 @@ _STEPS = 96  # sizes of a feed-forward sublayer, at most
 _WIDTHS = 16  # widths of a head, at most
 _CAUTION = (0.0, 0.002, 0.006, 0.02)  # of the damage: what a single change must promise, the more after failed attempts
 _GAIN = 5e-4  # of the damage: improvements below it are noise
-_SMALLEST_STEP = 0.03
+_WORTHWHILE = 0.04  # of the damage: a round that gains less is the last
+_SMALLEST_STEP = 0.1
 
 Say = Callable[[str], None]
 
@@ -129,10 +130,11 @@ class Search:
         ]
 
     def _improve(self, sizes: list[LayerSize]) -> Found:
-        """Change what measurably helps, several parts at once, until nothing does."""
+        """Change what measurably helps, several parts at once, as long as that is worth the time."""
         began, step, sweeps = perf_counter(), 0.25, 0
         blocks = self._build(sizes)
         least = self._damage.of(blocks)
+        self._say(f"measured divergence {least:.5f}")
         while self._workers.broadcast(perf_counter() - began < self._seconds) and step >= _SMALLEST_STEP:
             groups = self._neighbours(sizes, blocks, least, step)
             found = self._attempt(groups, sizes, least)
@@ -140,8 +142,10 @@ class Search:
             if found is None:
                 step /= 2
                 continue
-            sizes, blocks, least = found
+            before, (sizes, blocks, least) = least, found
             self._say(f"round {sweeps}: divergence {least:.5f}")
+            if least > before * (1 - _WORTHWHILE):
+                break
         return Found(sizes, least)
 
     def _attempt(

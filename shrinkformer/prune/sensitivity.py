@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
-from shrinkformer.prune.fisher import TOKENS, enough, pass_gradients, square
+from shrinkformer.prune.fisher import TOKENS, pass_gradients, square
+from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import count_tokens, token_rows
 from shrinkformer.utils.parallel import ALONE, Workers
@@ -60,7 +61,7 @@ def learn_sensitivity(
     layers = {(view.index, ATTENTION): view.attention_output.module for view in views}
     layers |= {(view.index, FEED_FORWARD): view.feed_forward_output.module for view in views}
     weighed = count_tokens(batches) <= _TOKENS
-    share = workers.share(batches if weighed else enough(batches, TOKENS))
+    share = workers.share(batches if weighed else spread(batches, TOKENS))
     masks = [batch["attention_mask"].bool() for batch in share]
     sums: dict[Sublayer, Tensor] = {}
     norms: dict[Sublayer, list[Tensor]] = {name: [] for name in layers}

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -13,17 +13,23 @@ from shrinkformer.efficiency.macs import LayerSize, model_macs
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.curves import QUERIES, BlockCurves, measure_curves, narrowable
-from shrinkformer.prune.damage import Damage
+from shrinkformer.prune.damage import FEW_TOKENS, Damage
+from shrinkformer.prune.divergence import Judge
 from shrinkformer.prune.levels import BlockLevels
 from shrinkformer.prune.methods import SHRINK
 from shrinkformer.prune.plan import LayerPlan, Plan
+from shrinkformer.prune.ranked import Ranked, rank_units
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
+from shrinkformer.prune.samples import hold_out
 from shrinkformer.prune.search import Found, Search
 from shrinkformer.prune.sensitivity import Sensitivity, learn_sensitivity
 from shrinkformer.prune.sequential import RefitErrors, refit_blocks
 from shrinkformer.prune.statistics import Batches, Progress, stream_statistics
 from shrinkformer.prune.surgery import with_blocks
+
+RIVAL = "stat"
+"""The method that is taken where it does better."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +54,16 @@ class Shrinker:
 
     Attributes:
         model: The dense model, in evaluation mode; never changed.
-        batches: The calibration examples as model inputs.
+        batches: The calibration examples as model inputs, without those that were set aside.
+        aside: Those.
         config: Choices of the method.
         seed: Of the answers that are drawn from the model's predictions.
-        sensitivity: How much errors matter.
+        sensitivity: How much errors matter; weights of tokens are those of ``batches``, then of ``aside``.
         levels: Smaller versions of each block.
         curves: What they do to predictions.
         damage: Measures that.
+        rival: A method that knows less, in case it does better.
+        judge: Says so, by the examples that were set aside.
         resources: Who shares the work.
         progress: Wraps loops over the blocks.
         seconds: Time of calibration and selection.
@@ -62,12 +71,15 @@ class Shrinker:
 
     model: PreTrainedModel
     batches: Batches
+    aside: Batches
     config: ShrinkConfig
     seed: int
     sensitivity: Sensitivity
     levels: Sequence[BlockLevels]
     curves: Sequence[BlockCurves]
     damage: Damage
+    rival: Ranked
+    judge: Judge
     resources: Resources
     progress: Progress = iter
     seconds: dict[str, float] = field(default_factory=dict)
@@ -93,19 +105,32 @@ class Shrinker:
             )
             found = search.run()
         with timed(seconds, "refit"):
-            model = self._assembled(found.sizes)
-            views = layer_views(model)
-            errors = refit_blocks(
-                self.model,
-                views,
-                self.batches,
-                self.sensitivity,
-                workers=self.resources.workers,
-                progress=self.progress,
-            )
+            ours = self._refitted(costs, found, self.batches)
+        with timed(seconds, "safety"):
+            theirs = self.rival.prune(budget)
+            divergences = {made.plan.method: self.judge.of(made.model) for made in (ours, theirs)}
+        shown = ", ".join(f"{name} {value:.5f}" for name, value in divergences.items())
+        self.config.say(f"divergence on examples set aside: {shown}")
+        best = min(ours, theirs, key=lambda made: divergences[made.plan.method])
+        if best is ours and self.aside is not self.batches:  # they have judged, now they help
+            with timed(seconds, "refit"):
+                best = self._refitted(costs, found, [*self.batches, *self.aside])
+        return Pruned(best.model, replace(best.plan, divergences=divergences), seconds)
+
+    def _refitted(self, costs: CostModel, found: Found, batches: Batches) -> Pruned:
+        """A model of these sizes, fitted to some examples."""
+        model = self._assembled(found.sizes)
+        errors = refit_blocks(
+            self.model,
+            layer_views(model),
+            batches,
+            self.sensitivity,
+            workers=self.resources.workers,
+            progress=self.progress,
+        )
         plan = self._plan(costs, found, errors)
         describe_sizes(model, plan)
-        return Pruned(model, plan, seconds)
+        return Pruned(model, plan, {})
 
     def _assembled(self, sizes: Sequence[LayerSize]) -> PreTrainedModel:
         """A copy of the model with smaller blocks."""
@@ -166,15 +191,34 @@ def learn(
     began, workers = perf_counter(), resources.workers
     seconds: dict[str, float] = {}
     levels = []
+    batches, aside = hold_out(batches)
+    everything = batches if aside is batches else [*batches, *aside]
     inputs = not config.whole_heads and QUERIES in narrowable(layer_views(model)[0])
     with torch.no_grad():
         moments = stream_statistics(model, batches, resources, progress=progress, inputs=inputs)
         found = [(view, of_block) for view, of_block in moments]
-    sensitivity = learn_sensitivity(model, batches, seed=seed, workers=workers)
+    sensitivity = learn_sensitivity(model, everything, seed=seed, workers=workers)
     for view, of_block in found:
         levels.append(BlockLevels(view, of_block.heads, of_block.neurons, of_block.inputs, sensitivity, model.config))
-    damage = Damage(model, batches, workers)
     seconds["calibration"] = perf_counter() - began
     with timed(seconds, "selection"):
-        curves = measure_curves(levels, damage, whole_heads=config.whole_heads, progress=progress)
-    return Shrinker(model, batches, config, seed, sensitivity, levels, curves, damage, resources, progress, seconds)
+        few = Damage(model, batches, workers, tokens=FEW_TOKENS)
+        curves = measure_curves(levels, few, whole_heads=config.whole_heads, progress=progress)
+        damage, judge = Damage(model, batches, workers), Judge(model, aside, workers)
+        rival = rank_units(model, batches, method=RIVAL, seed=seed, resources=Resources(workers=workers), moments=found)
+    return Shrinker(
+        model=model,
+        batches=batches,
+        aside=aside,
+        config=config,
+        seed=seed,
+        sensitivity=sensitivity,
+        levels=levels,
+        curves=curves,
+        damage=damage,
+        rival=rival,
+        judge=judge,
+        resources=resources,
+        progress=progress,
+        seconds=seconds,
+    )

@@ -136,7 +136,7 @@ class BlockStream:
         with _blocks_replaced(self._model, stand_in):
             for index, batch in enumerate(self._batches):
                 stand_in.hidden = self._hidden[index]
-                yield self._model(**_inputs(self._model, batch))
+                yield self._model(**model_inputs(self._model, batch))
 
 
 class _StandIn(nn.Module):
@@ -166,7 +166,7 @@ def _blocks_replaced(model: PreTrainedModel, stand_in: nn.Module) -> Iterator[No
 @torch.no_grad()
 def _record(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, _Arguments]:
     recorded: list[tuple[Tensor, _Arguments]] = []
-    inputs = _inputs(model.base_model, batch)
+    inputs = model_inputs(model.base_model, batch)
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = dict(kwargs)
@@ -184,7 +184,7 @@ def _record(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor
     return recorded[0]
 
 
-def _inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a model takes of a batch; decoders are told to keep no keys and values for a next token."""
     cached = "use_cache" in inspect.signature(model.forward).parameters
     return {**accepted_inputs(model, batch), **({"use_cache": False} if cached else {})}
