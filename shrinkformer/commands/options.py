@@ -18,6 +18,7 @@ from shrinkformer.prune.methods import DEFAULT_METHOD, METHOD_NAMES, SHRINK, req
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 BUNDLED_DECODER = "opt-mini"
+BUDGETS = ("macs", "latency")
 
 
 def option(default: Any, help_text: str, **argument: Any) -> Any:
@@ -42,6 +43,8 @@ class PruneOptions:
     search_seconds: float = option(
         120.0, "method shrink: the search for a better plan stops after so long, for each budget; 0: no search"
     )
+    budget: str = option("macs", f"what --mu is a fraction of: {', '.join(BUDGETS)} (method shrink, on this machine)")
+    latency_shape: tuple[int, ...] = option((8, 128), "examples and tokens of the input to time", nargs=2)
     seed: int = option(0, "seed of the calibration sample")
     sample_batch_size: int = option(512, "number of calibration examples")
     data_dir: Path | None = option(None, "folder with data sets in the hub's column names; else the hub is asked")
@@ -86,10 +89,20 @@ class PruneOptions:
         """Whether examples are needed."""
         return any(mu < 1 for mu in self.mu)
 
-    def __post_init__(self) -> None:
-        require_method(self.method)
+    def _check_flags_of_shrink(self) -> None:
         if not self.search_seconds >= 0:
             raise InputError(f"--search_seconds {self.search_seconds}: must not be negative.")
+        if self.budget not in BUDGETS:
+            raise InputError(f"--budget {self.budget!r}: choose one of {', '.join(BUDGETS)}.")
+        if self.budget == "latency" and self.method != SHRINK:
+            raise InputError(f"--budget latency: --method {self.method} counts MACs only; use --method {SHRINK}.")
+        if len(self.latency_shape) != 2 or min(self.latency_shape) < 1:
+            shown = " ".join(map(str, self.latency_shape))
+            raise InputError(f"--latency_shape {shown}: give two positive numbers, examples and tokens.")
+
+    def __post_init__(self) -> None:
+        require_method(self.method)
+        self._check_flags_of_shrink()
         length = 1.0 if self.mac_length is None else self.mac_length  # the mean length is not known yet
         for mu in self.mu:
             Budget(mu, length, self.round_to, self.min_heads, self.min_neurons)
@@ -283,6 +296,7 @@ _VALUE_TYPES: dict[str, Any] = {
     str(int | None): int,
     str(tuple[str, ...]): str,
     str(tuple[float, ...]): float,
+    str(tuple[int, ...]): int,
     str(float): float,
     str(float | None): float,
     str(Path): Path,

@@ -91,6 +91,7 @@ class Run:
             record |= {
                 "pruned": self.pruned.to_dict(),
                 "sequence_length": self.plan.sequence_length,
+                "budget": self.plan.budget,
                 "layers": _plan_rows(self.plan),
                 **({"held_out_divergence": self.plan.divergences} if self.plan.divergences else {}),
             }

@@ -221,7 +221,8 @@ def _start(job: Job, options: PruneOptions, seconds: dict[str, float], *, lazily
             offload = Offload(options.offload_dir or (options.output_dir / job.stem).parent, int(limit / 4))
         session = Session(job, options, model, Resources(weights, offload, None, job.workers), seconds)
         if any(mu < 1 for mu in options.mu):
-            asked = SHRINK if options.shrinks and not options.keeps_whole_heads else ""  # it keeps more moments
+            # Our method keeps other moments, of fewer examples.
+            asked = f"{SHRINK} {options.keeps_whole_heads}" if options.shrinks else ""
             store = session.open_blocks(BlockStore, options.output_dir / job.folder, "resume", asked)
             session.resources = replace(session.resources, store=store)
     return session
@@ -239,7 +240,12 @@ def _calibrate(session: Session) -> None:
         seed=options.seed,
         progress=block_progress("calibrating") if job.workers.is_main else iter,
         resources=session.resources,
-        config=ShrinkConfig(options.keeps_whole_heads, options.search_seconds, say=lambda line: job.say(f"  {line}")),
+        config=ShrinkConfig(
+            whole_heads=options.keeps_whole_heads,
+            search_seconds=options.search_seconds,
+            latency_shape=(options.latency_shape[0], options.latency_shape[1]) if options.budget == "latency" else None,
+            say=lambda line: job.say(f"  {line}"),
+        ),
     )
     session.seconds |= session.calibrated.seconds
 

@@ -1,7 +1,8 @@
 """How long a forward pass takes: models are timed in turns, so that a noisy machine slows all of them alike."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -60,7 +61,7 @@ def measure_latency(
             times: dict[str, list[float]] = {name: [] for name in models}
             for turn in range(warmup + repeats):
                 for name, model in models.items():
-                    elapsed = _time_once(model, batch, place)
+                    elapsed = time_once(partial(model, **batch), place)
                     if turn >= warmup:
                         times[name].append(elapsed)
             for name, values in times.items():
@@ -68,11 +69,11 @@ def measure_latency(
     return results
 
 
-def _time_once(model: nn.Module, batch: Mapping[str, torch.Tensor], device: torch.device) -> float:
-    """Seconds of one forward pass, everything on the device finished before and after."""
+def time_once(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, everything on the device finished before and after."""
     _synchronize(device)
     began = time.perf_counter()
-    model(**batch)
+    call()
     _synchronize(device)
     return time.perf_counter() - began
 

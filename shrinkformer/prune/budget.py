@@ -91,6 +91,14 @@ class CostModel:
         """MACs of one neuron."""
         return neuron_macs(self.budget.sequence_length, self.hidden_size, self.layers[0].gated)
 
+    def of_attention(self, size: LayerSize) -> float:
+        """MACs of the attention of a block."""
+        return attention_macs(self.budget.sequence_length, self.hidden_size, size)
+
+    def of_neurons(self, size: LayerSize) -> float:
+        """MACs of the neurons of a block."""
+        return size.neurons * neuron_macs(self.budget.sequence_length, self.hidden_size, size.gated)
+
     def macs(self, counts: Counts) -> float:
         """MACs of what is kept."""
         return model_macs(self.sizes(counts), self.hidden_size, self.budget.sequence_length)

@@ -1,8 +1,10 @@
 """Smaller versions of one block, of any size, from the same second moments."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from shrinkformer.prune.sensitivity import ATTENTION, FEED_FORWARD, Sensitivity
 from shrinkformer.prune.surgery import Weights, rebuild
 
 Filling = dict[str, Weights]
+Key = TypeVar("Key")
+
+_REMEMBERED = 4  # of each sublayer: its weights in float64
 
 
 @dataclass
@@ -88,13 +93,9 @@ class BlockLevels:
         filling: Filling = {}
         attention = size.heads, size.query_width, size.value_width
         if attention != (self.size.heads, self.size.query_width, self.size.value_width):
-            if attention not in self._attention:
-                self._attention[attention] = self._narrow_attention(*attention)
-            filling |= self._attention[attention]
+            filling |= _recent(self._attention, attention, lambda: self._narrow_attention(*attention))
         if size.neurons != self.size.neurons:
-            if size.neurons not in self._feed_forward:
-                self._feed_forward[size.neurons] = self._fewer_neurons(size.neurons)
-            filling |= self._feed_forward[size.neurons]
+            filling |= _recent(self._feed_forward, size.neurons, lambda: self._fewer_neurons(size.neurons))
         if filling:
             rebuild(view, size, filling)
         return view
@@ -157,3 +158,12 @@ class BlockLevels:
         if linear.bias is not None:
             mean = mean + linear.bias.double()
         return about_mean + torch.outer(mean, mean), about_mean
+
+
+def _recent(kept: dict[Key, Filling], key: Key, make: Callable[[], Filling]) -> Filling:
+    """What was made for a key, if that was not long ago; a search asks for the same few sizes again and again."""
+    if key not in kept:
+        if len(kept) == _REMEMBERED:
+            del kept[next(iter(kept))]
+        kept[key] = make()
+    return kept[key]

@@ -41,6 +41,7 @@ class Plan:
         layers: One entry per block, first to last.
         divergences: Where several models were made, how far each is from the dense one on examples that none of them
             was made from, by method; ``method`` is the nearest.
+        budget: What ``mu`` is a fraction of: ``macs``, or ``latency`` on the machine where it was pruned.
     """
 
     method: str
@@ -51,10 +52,11 @@ class Plan:
     macs: float
     layers: tuple[LayerPlan, ...]
     divergences: dict[str, float] = field(default_factory=dict)
+    budget: str = "macs"
 
     @property
     def ratio(self) -> float:
-        """Fraction of the MACs that stays; never above ``mu``."""
+        """Fraction of the MACs that stays; never above ``mu`` where that is the budget."""
         return self.macs / self.dense_macs
 
     @property

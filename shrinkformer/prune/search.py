@@ -12,7 +12,7 @@ from time import perf_counter
 
 from torch import nn
 
-from shrinkformer.efficiency.macs import LayerSize, attention_macs, neuron_macs
+from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.prune.budget import CostModel
 from shrinkformer.prune.curves import HEADS, NEURONS, QUERIES, VALUES, BlockCurves, sized
 from shrinkformer.prune.damage import Damage
@@ -51,7 +51,7 @@ class Search:
         levels: Of each block.
         curves: Of each block.
         damage: Measures.
-        costs: MACs, and the budget.
+        costs: MACs or time of sizes, and the budget.
         seconds: The improvement stops after so long.
         say: Gets a line for every round.
         workers: All of them stop at the same time.
@@ -114,13 +114,10 @@ class Search:
         )
 
     def _attention(self, size: LayerSize, damage: float) -> Option[LayerSize]:
-        costs = self._costs
-        return Option(attention_macs(costs.budget.sequence_length, costs.hidden_size, size), damage, size)
+        return Option(self._costs.of_attention(size), damage, size)
 
     def _neurons(self, size: LayerSize, damage: float) -> Option[LayerSize]:
-        costs = self._costs
-        one = neuron_macs(costs.budget.sequence_length, costs.hidden_size, size.gated)
-        return Option(size.neurons * one, damage, size)
+        return Option(self._costs.of_neurons(size), damage, size)
 
     def _joined(self, chosen: Sequence[LayerSize]) -> list[LayerSize]:
         """Attention of one, feed-forward of the next: the sizes of blocks."""

@@ -15,6 +15,7 @@ from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.curves import QUERIES, BlockCurves, measure_curves, narrowable
 from shrinkformer.prune.damage import FEW_TOKENS, Damage
 from shrinkformer.prune.divergence import Judge
+from shrinkformer.prune.latency_table import LatencyCosts, LatencyTable
 from shrinkformer.prune.levels import BlockLevels
 from shrinkformer.prune.methods import SHRINK
 from shrinkformer.prune.plan import LayerPlan, Plan
@@ -40,11 +41,14 @@ class ShrinkConfig:
         whole_heads: Heads keep their width, so that blocks look like those of stock classes.
         search_seconds: Time after which the search for a better plan stops, for each budget; 0 takes the first plan.
             A search that is cut short depends on the speed of the machine, one that ends by itself does not.
+        latency_shape: Examples and tokens of an input. If given, budgets are fractions of the time that all blocks take
+            for it on this machine, not of MACs.
         say: Gets a line for every round of the search.
     """
 
     whole_heads: bool = False
     search_seconds: float = 120.0
+    latency_shape: tuple[int, int] | None = None
     say: Callable[[str], None] = lambda _: None
 
 
@@ -64,6 +68,7 @@ class Shrinker:
         damage: Measures that.
         rival: A method that knows less, in case it does better.
         judge: Says so, by the examples that were set aside.
+        latency: Budgets are fractions of this time, not of MACs.
         resources: Who shares the work.
         progress: Wraps loops over the blocks.
         seconds: Time of calibration and selection.
@@ -80,6 +85,7 @@ class Shrinker:
     damage: Damage
     rival: Ranked
     judge: Judge
+    latency: LatencyTable | None
     resources: Resources
     progress: Progress = iter
     seconds: dict[str, float] = field(default_factory=dict)
@@ -91,7 +97,7 @@ class Shrinker:
             BudgetError: The budget is below what every block must keep.
         """
         seconds: dict[str, float] = {}
-        costs = CostModel.of(layer_views(self.model), budget)
+        costs = self._costs(budget)
         costs.require_feasible()
         with timed(seconds, "allocation"):
             search = Search(
@@ -107,15 +113,21 @@ class Shrinker:
         with timed(seconds, "refit"):
             ours = self._refitted(costs, found, self.batches)
         with timed(seconds, "safety"):
-            theirs = self.rival.prune(budget)
-            divergences = {made.plan.method: self.judge.of(made.model) for made in (ours, theirs)}
+            candidates = [ours] if self.latency else [ours, self.rival.prune(budget)]
+            divergences = {made.plan.method: self.judge.of(made.model) for made in candidates}
         shown = ", ".join(f"{name} {value:.5f}" for name, value in divergences.items())
         self.config.say(f"divergence on examples set aside: {shown}")
-        best = min(ours, theirs, key=lambda made: divergences[made.plan.method])
+        best = min(candidates, key=lambda made: divergences[made.plan.method])
         if best is ours and self.aside is not self.batches:  # they have judged, now they help
             with timed(seconds, "refit"):
                 best = self._refitted(costs, found, [*self.batches, *self.aside])
         return Pruned(best.model, replace(best.plan, divergences=divergences), seconds)
+
+    def _costs(self, budget: Budget) -> CostModel:
+        costs = CostModel.of(layer_views(self.model), budget)
+        if self.latency is None:
+            return costs
+        return LatencyCosts(costs.layers, costs.hidden_size, budget, costs.pre_norm, table=self.latency)
 
     def _refitted(self, costs: CostModel, found: Found, batches: Batches) -> Pruned:
         """A model of these sizes, fitted to some examples."""
@@ -157,9 +169,10 @@ class Shrinker:
             mu=costs.budget.mu,
             seed=self.seed,
             sequence_length=costs.budget.sequence_length,
-            dense_macs=costs.dense,
+            dense_macs=model_macs(costs.layers, costs.hidden_size, costs.budget.sequence_length),
             macs=model_macs(found.sizes, costs.hidden_size, costs.budget.sequence_length),
             layers=tuple(layers),
+            budget="macs" if self.latency is None else "latency",
         )
 
 
@@ -193,9 +206,9 @@ def learn(
     levels = []
     batches, aside = hold_out(batches)
     everything = batches if aside is batches else [*batches, *aside]
-    inputs = not config.whole_heads and QUERIES in narrowable(layer_views(model)[0])
+    narrow = () if config.whole_heads else narrowable(layer_views(model)[0])
     with torch.no_grad():
-        moments = stream_statistics(model, batches, resources, progress=progress, inputs=inputs)
+        moments = stream_statistics(model, batches, resources, progress=progress, inputs=QUERIES in narrow)
         found = [(view, of_block) for view, of_block in moments]
     sensitivity = learn_sensitivity(model, everything, seed=seed, workers=workers)
     for view, of_block in found:
@@ -205,6 +218,7 @@ def learn(
         few = Damage(model, batches, workers, tokens=FEW_TOKENS)
         curves = measure_curves(levels, few, whole_heads=config.whole_heads, progress=progress)
         damage, judge = Damage(model, batches, workers), Judge(model, aside, workers)
+        latency = LatencyTable.measure(model, config.latency_shape, narrow=narrow) if config.latency_shape else None
         rival = rank_units(model, batches, method=RIVAL, seed=seed, resources=Resources(workers=workers), moments=found)
     return Shrinker(
         model=model,
@@ -218,6 +232,7 @@ def learn(
         damage=damage,
         rival=rival,
         judge=judge,
+        latency=latency,
         resources=resources,
         progress=progress,
         seconds=seconds,
