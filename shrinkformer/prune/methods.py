@@ -1,7 +1,7 @@
 """The registry of pruning methods.
 
-A method says how to rank heads and neurons, how to split the budget among the blocks, and whether the consumer weights
-are refitted. Everything else, statistics, surgery, checkpoint and report, is common to all.
+A method says how to rank heads and neurons, how to split the budget among the blocks, and how the consumers are
+corrected. Everything else, statistics, surgery, checkpoint and report, is common to all.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from shrinkformer.prune import ranking
 from shrinkformer.prune.budget import CostModel, Counts, allocate_globally, allocate_uniformly
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.ranking import Ranking
+from shrinkformer.prune.refit import Correction
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class LayerRanking:
 class Method(Protocol):
     """What a pruning method has to offer.
 
-    ``moments`` is None where ``refit`` is false. Rankings may be asked for twice, so they depend on nothing but their
-    arguments; random methods draw from a generator that starts from ``seed`` and the index of the block.
+    ``moments`` is None where ``needs_statistics`` is false. Rankings may be asked for twice, so they depend on nothing
+    but their arguments; random methods draw from a generator that starts from ``seed`` and the index of the block.
     """
 
     @property
@@ -39,12 +40,12 @@ class Method(Protocol):
         """Name for ``--method``."""
 
     @property
-    def refit(self) -> bool:
-        """Whether consumer weights take over what the removed columns did; needs calibration statistics."""
+    def needs_statistics(self) -> bool:
+        """Whether it needs second moments of the calibration examples; every correction does."""
 
     @property
-    def centred(self) -> bool:
-        """Whether the consumer's bias takes over the mean of the removed columns."""
+    def correction(self) -> Correction:
+        """What takes over from the columns that a consumer loses."""
 
     def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
         """Order the heads of a block."""
@@ -69,19 +70,19 @@ class Stat:
     """
 
     name: str
-    centred: bool
-    refit: bool = True
+    correction: Correction
+    needs_statistics: bool = True
     trade: float = 2.0
 
     def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
         """Order heads by pivots."""
         assert moments is not None
-        return ranking.rank_heads_by_pivots(view, moments, self.centred)
+        return ranking.rank_heads_by_pivots(view, moments, self.correction is Correction.CENTRED)
 
     def rank_neurons(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
         """Order neurons by pivots."""
         assert moments is not None
-        return ranking.rank_neurons_by_pivots(view, moments, self.centred)
+        return ranking.rank_neurons_by_pivots(view, moments, self.correction is Correction.CENTRED)
 
     def allocate(self, rankings: Sequence[LayerRanking], costs: CostModel) -> Counts:
         """Cut all blocks at one weighted threshold."""
@@ -111,8 +112,12 @@ class Magnitude:
     """The largest weights stay; the same share in every block."""
 
     name: str
-    refit: bool
-    centred: bool
+    correction: Correction
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Only to correct."""
+        return self.correction is not Correction.NONE
 
     def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
         """Order heads by the norms of their weights."""
@@ -132,8 +137,12 @@ class Random:
     """Any heads and neurons stay; the same share in every block."""
 
     name: str
-    refit: bool
-    centred: bool
+    correction: Correction
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Only to correct."""
+        return self.correction is not Correction.NONE
 
     def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
         """Shuffle heads."""
@@ -156,12 +165,12 @@ DEFAULT_METHOD = "stat-bias"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Stat("stat", centred=False),
-        Stat("stat-bias", centred=True),
-        Magnitude("magnitude", refit=False, centred=False),
-        Magnitude("magnitude-refit", refit=True, centred=True),
-        Random("random", refit=False, centred=False),
-        Random("random-refit", refit=True, centred=True),
+        Stat("stat", Correction.LEAST_SQUARES),
+        Stat("stat-bias", Correction.CENTRED),
+        Magnitude("magnitude", Correction.NONE),
+        Magnitude("magnitude-refit", Correction.CENTRED),
+        Random("random", Correction.NONE),
+        Random("random-refit", Correction.CENTRED),
     )
 }
 
