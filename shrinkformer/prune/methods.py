@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shrinkformer.architectures import LayerView
 from shrinkformer.errors import InputError
 from shrinkformer.prune import ranking
-from shrinkformer.prune.budget import CostModel, Counts, allocate_globally, allocate_uniformly
+from shrinkformer.prune.budget import CostModel, Counts, allocate_at_threshold, allocate_globally, allocate_uniformly
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.ranking import Ranking
 from shrinkformer.prune.refit import Correction
@@ -157,6 +157,93 @@ class Random:
         return allocate_uniformly(costs)
 
 
+@dataclass(frozen=True)
+class Wanda:
+    """The largest products of weights and inputs stay; the same share in every block.
+
+    Source:
+        Sun et al., Wanda, arXiv 2306.11695; for whole columns, with a refit, FASP, arXiv 2501.09412. Here the queries,
+        keys and values of heads go as well.
+    """
+
+    name: str
+    correction: Correction
+    needs_statistics: bool = True
+
+    def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
+        """Order heads by products."""
+        assert moments is not None
+        return ranking.rank_heads_by_products(view, moments)
+
+    def rank_neurons(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
+        """Order neurons by products."""
+        assert moments is not None
+        return ranking.rank_neurons_by_products(view, moments)
+
+    def allocate(self, rankings: Sequence[LayerRanking], costs: CostModel) -> Counts:
+        """Keep the same share in every block."""
+        return allocate_uniformly(costs)
+
+
+@dataclass(frozen=True)
+class Flap:
+    """What fluctuates most stays; the bias takes over the mean of the rest; one threshold for all blocks.
+
+    Source:
+        An et al., FLAP, arXiv 2312.11983, with its defaults: weighted variance of inputs, adaptive over blocks and
+        sublayers. There a head costs as much as the neurons that have its parameters, here its MACs; and where a
+        consumer has no bias, none is added.
+    """
+
+    name: str
+    correction: Correction = Correction.BIAS
+    needs_statistics: bool = True
+
+    def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
+        """Order heads by fluctuation."""
+        assert moments is not None
+        return ranking.rank_heads_by_fluctuation(view, moments)
+
+    def rank_neurons(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
+        """Order neurons by fluctuation."""
+        assert moments is not None
+        return ranking.rank_neurons_by_fluctuation(view, moments)
+
+    def allocate(self, rankings: Sequence[LayerRanking], costs: CostModel) -> Counts:
+        """Cut heads and neurons of all blocks at one threshold."""
+        lowest = min(float(rank.scores[-1]) for layer in rankings for rank in (layer.heads, layer.neurons))
+        heads = [layer.heads.scores - lowest for layer in rankings]
+        return allocate_at_threshold(costs, heads, [layer.neurons.scores - lowest for layer in rankings])
+
+
+@dataclass(frozen=True)
+class Obs:
+    """What the output can do without, after the best refit of the rest, leaves first; the same share in every block.
+
+    Source:
+        The optimal brain surgeon for structures, as in ZipLM, arXiv 2302.04089, and OSSCAR, arXiv 2403.12983, on the
+        inputs of the dense model; without their budget by measured latency and their local search.
+    """
+
+    name: str
+    correction: Correction = Correction.LEAST_SQUARES
+    needs_statistics: bool = True
+
+    def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
+        """Order heads by elimination."""
+        assert moments is not None
+        return ranking.rank_heads_by_elimination(view, moments)
+
+    def rank_neurons(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
+        """Order neurons by elimination."""
+        assert moments is not None
+        return ranking.rank_neurons_by_elimination(view, moments)
+
+    def allocate(self, rankings: Sequence[LayerRanking], costs: CostModel) -> Counts:
+        """Keep the same share in every block."""
+        return allocate_uniformly(costs)
+
+
 SHRINK = "shrink"
 """Our own method; it measures whole models, so it is none of those below."""
 
@@ -171,6 +258,10 @@ METHODS: dict[str, Method] = {
         Magnitude("magnitude-refit", Correction.CENTRED),
         Random("random", Correction.NONE),
         Random("random-refit", Correction.CENTRED),
+        Wanda("wanda", Correction.NONE),
+        Wanda("wanda-refit", Correction.LEAST_SQUARES),
+        Flap("flap"),
+        Obs("obs"),
     )
 }
 
