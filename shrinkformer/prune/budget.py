@@ -155,6 +155,10 @@ class _Pool:
     def least(self) -> int:
         return int(self.minimum.sum())
 
+    def worth(self, total: int) -> float:
+        """Sum of the squared scores of the best ``total``, beyond the minimum."""
+        return float(np.square(self.values[: total - self.least]).sum())
+
     def cut(self, total: int) -> NDArray[np.int64]:
         """Units per block when the best ``total`` of all blocks are kept."""
         chosen = self.owner[: total - self.least]
@@ -226,6 +230,23 @@ def allocate_at_threshold(costs: CostModel, head_scores: Scores, neuron_scores: 
     return _counts(costs, heads, units, chosen)
 
 
+def allocate_for_most(costs: CostModel, head_scores: Scores, neuron_scores: Scores) -> Counts:
+    """The heads and neurons whose squared scores add up to most, exactly: every number of heads is tried.
+
+    Arguments and errors are those of :func:`allocate_at_threshold`.
+
+    Source:
+        Kwon et al., arXiv 2204.09656, section 4.1, with the least that every block keeps, and never above the budget.
+    """
+    heads, units = _pools(costs, head_scores, neuron_scores)
+
+    def worth(total: int) -> float:
+        beside = min(costs.affordable_units(total), units.capacity)
+        return heads.worth(total) + costs.budget.round_to * units.worth(beside)
+
+    return _counts(costs, heads, units, max(_feasible_heads(costs, heads, units), key=worth))
+
+
 def allocate_uniformly(costs: CostModel) -> Counts:
     """The same share of heads and of neurons in every block.
 
@@ -270,8 +291,8 @@ def _neurons(costs: CostModel, units: NDArray[np.int64]) -> tuple[int, ...]:
     return tuple((units * costs.budget.round_to).tolist())
 
 
-def _affordable_heads(costs: CostModel, heads: _Pool, units: _Pool, fewest: int) -> list[int]:
-    """Numbers of heads that leave room for enough neurons and leave nothing unspent while heads are to be had."""
+def _feasible_heads(costs: CostModel, heads: _Pool, units: _Pool) -> list[int]:
+    """Numbers of heads that leave room for enough neurons."""
     cheapest = costs.macs(Counts(tuple(heads.minimum.tolist()), _neurons(costs, units.minimum)))
     candidates = [
         count for count in range(heads.least, heads.capacity + 1) if costs.affordable_units(count) >= units.least
@@ -282,6 +303,12 @@ def _affordable_heads(costs: CostModel, heads: _Pool, units: _Pool, fewest: int)
             f"{_neurons(costs, units.minimum)[0]} neuron(s), which takes mu {cheapest / costs.dense:.4f}; "
             "raise --mu or lower --min_heads, --min_neurons or --round_to."
         )
+    return candidates
+
+
+def _affordable_heads(costs: CostModel, heads: _Pool, units: _Pool, fewest: int) -> list[int]:
+    """Of these, numbers of heads that leave nothing unspent while heads are to be had."""
+    candidates = _feasible_heads(costs, heads, units)
     spending = [count for count in candidates if costs.affordable_units(count) <= units.capacity]
     candidates = spending or candidates[-1:]
     return [count for count in candidates if count >= fewest] or candidates[-1:]
