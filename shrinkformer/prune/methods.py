@@ -244,8 +244,8 @@ class Obs:
         return allocate_uniformly(costs)
 
 
-SHRINK = "shrink"
-"""Our own method; it measures whole models, so it is none of those below."""
+SHRINK, KWON, KPRUNE = WHOLE_MODEL = ("shrink", "kwon", "kprune")
+"""Our own method, and others that measure a model as a whole; they have modules of their own."""
 
 DEFAULT_METHOD = "stat-bias"
 
@@ -265,7 +265,7 @@ METHODS: dict[str, Method] = {
     )
 }
 
-METHOD_NAMES = (SHRINK, *METHODS)
+METHOD_NAMES = (SHRINK, *METHODS, KWON, KPRUNE)
 
 
 def require_method(name: str) -> None:
@@ -274,12 +274,12 @@ def require_method(name: str) -> None:
     Raises:
         InputError: There is none.
     """
-    if name != SHRINK:
+    if name not in WHOLE_MODEL:
         get_method(name)
 
 
 def get_method(name: str) -> Method:
-    """The pruning method of that name.
+    """The pruning method of that name, of those that rank.
 
     Raises:
         InputError: There is none.
