@@ -16,7 +16,7 @@ from shrinkformer.prune.methods import METHOD_NAMES
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import calibrate, prune_model
-from shrinkformer.prune.refit import refit_consumer
+from shrinkformer.prune.refit import Correction, correct_consumer
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.statistics import stream_statistics
 from shrinkformer.prune.stream import BlockStream, count_tokens
@@ -115,7 +115,7 @@ def test_refit_is_least_squares_with_an_intercept() -> None:
     moments = Moments.zeros(12)
     moments.update(rows)
     chosen = torch.tensor([0, 3, 4, 7, 9])
-    consumer = refit_consumer(linear, moments, chosen, centred=True)
+    consumer = correct_consumer(linear, moments, chosen, Correction.CENTRED)
     design = np.column_stack([rows[:, chosen].numpy(), np.ones(200)])
     target = linear(rows).detach().numpy()
     expected, *_ = np.linalg.lstsq(design, target, rcond=None)

@@ -205,9 +205,11 @@ class TestCommand:
         assert run("--lm_eval", "lambada_openai") == 2
         assert prune_bert.main([*encoder, *SMALL]) == 2
         assert run("--method", "shrink") == 2
-        first, second, third = capsys.readouterr().err.splitlines()
+        assert run("--method", "kprune") == 2
+        first, second, third, fourth = capsys.readouterr().err.splitlines()
         assert third.startswith("prune_opt.py: error: --max_memory: --method shrink measures a model as a whole, which")
         assert third.endswith("allow more, or pass --method stat.")
+        assert fourth == third.replace("--method shrink", "--method kprune")
         assert first.startswith("prune_opt.py: error: --max_memory: --lm_eval runs on the whole model, which takes")
         assert second.startswith("prune_bert.py: error: --max_memory: an encoder is evaluated as a whole, which takes")
 

@@ -14,7 +14,7 @@ from shrinkformer.dataset.tasks import TASKS, get_task
 from shrinkformer.errors import InputError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import may_be_replaced
-from shrinkformer.prune.methods import DEFAULT_METHOD, METHOD_NAMES, SHRINK, require_method
+from shrinkformer.prune.methods import DEFAULT_METHOD, METHOD_NAMES, SHRINK, WHOLE_MODEL, require_method
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 BUNDLED_DECODER = "opt-mini"
@@ -76,8 +76,13 @@ class PruneOptions:
 
     @property
     def shrinks(self) -> bool:
-        """Whether a model is pruned by our own method, which needs it in memory as a whole."""
+        """Whether a model is pruned by our own method."""
         return self.method == SHRINK and any(mu < 1 for mu in self.mu)
+
+    @property
+    def measures_whole(self) -> bool:
+        """Whether a model is pruned by a method that needs it in memory as a whole."""
+        return self.method in WHOLE_MODEL and any(mu < 1 for mu in self.mu)
 
     @property
     def keeps_whole_heads(self) -> bool:

@@ -183,8 +183,8 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
     limit = available_bytes(job.device) * 0.8 if options.max_memory is None else options.max_memory * GIB
     lazily = job.workers.broadcast(footprint.resident > limit)  # what is free differs from moment to moment
     whole, remedy = job.whole, "or use a machine with more"
-    if not whole and options.shrinks:
-        whole, remedy = "--method shrink measures a model as a whole", "or pass --method stat"
+    if not whole and options.measures_whole:
+        whole, remedy = f"--method {options.method} measures a model as a whole", "or pass --method stat"
     if lazily and whole:
         raise InputError(
             f"--max_memory: {whole}, which takes {footprint.resident / GIB:,.1f} GiB, but {limit / GIB:,.1f} GiB "

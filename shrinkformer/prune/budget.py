@@ -163,6 +163,10 @@ class _Pool:
     def least(self) -> int:
         return int(self.minimum.sum())
 
+    def worth(self, total: int) -> float:
+        """Sum of the squared scores of the best ``total``, beyond the minimum."""
+        return float(np.square(self.values[: total - self.least]).sum())
+
     def cut(self, total: int) -> NDArray[np.int64]:
         """Units per block when the best ``total`` of all blocks are kept."""
         chosen = self.owner[: total - self.least]
@@ -170,10 +174,11 @@ class _Pool:
 
     def threshold(self, total: int) -> float:
         """Score of the worst unit kept; 0 when nothing is removed."""
-        if total >= self.capacity:
-            return 0.0
-        beyond = total - self.least
-        return float(self.values[max(beyond - 1, 0)])
+        return 0.0 if total >= self.capacity else self.worst(max(total, self.least + 1))
+
+    def worst(self, total: int) -> float:
+        """Score of the worst unit kept beyond the minimum; infinite where there is none."""
+        return float(self.values[total - self.least - 1]) if total > self.least else float("inf")
 
 
 def allocate_globally(
@@ -203,14 +208,51 @@ def allocate_globally(
     fewest = max(heads.least, sum(int(costs.budget.mu * layer.heads) for layer in costs.layers))
     best: tuple[float, Counts] | None = None
     for total_heads in _affordable_heads(costs, heads, units, fewest):
-        total_units = min(costs.affordable_units(total_heads), units.capacity)
-        neurons = _neurons(costs, units.cut(total_units))
-        tail = np.mean([tails[kept] for tails, kept in zip(neuron_tails, neurons, strict=True)])
+        counts = _counts(costs, heads, units, total_heads)
+        tail = np.mean([tails[kept] for tails, kept in zip(neuron_tails, counts.neurons, strict=True)])
         gap = abs(heads.threshold(total_heads) - trade * float(tail))
         if best is None or gap < best[0]:
-            best = gap, Counts(tuple(heads.cut(total_heads).tolist()), neurons)
+            best = gap, counts
     assert best is not None  # _affordable_heads raises rather than yield nothing
     return best[1]
+
+
+def allocate_at_threshold(costs: CostModel, head_scores: Scores, neuron_scores: Scores) -> Counts:
+    """One threshold over the heads and neurons of all blocks alike.
+
+    Args:
+        costs: MACs of heads and neurons, and the budget.
+        head_scores: For each block, the scores of its heads, best first; not negative. A block may have fewer than it
+            was built with.
+        neuron_scores: The same of its neurons.
+
+    Raises:
+        BudgetError: Even the least that every block must keep costs more than the budget.
+    """
+    heads, units = _pools(costs, head_scores, neuron_scores)
+    candidates = _affordable_heads(costs, heads, units, heads.least)
+    chosen = candidates[0]
+    for total in candidates:  # the more heads, the worse the last of them, and the better the last neuron
+        if heads.worst(total) >= units.worst(min(costs.affordable_units(total), units.capacity)):
+            chosen = total
+    return _counts(costs, heads, units, chosen)
+
+
+def allocate_for_most(costs: CostModel, head_scores: Scores, neuron_scores: Scores) -> Counts:
+    """The heads and neurons whose squared scores add up to most, exactly: every number of heads is tried.
+
+    Arguments and errors are those of :func:`allocate_at_threshold`.
+
+    Source:
+        Kwon et al., arXiv 2204.09656, section 4.1, with the least that every block keeps, and never above the budget.
+    """
+    heads, units = _pools(costs, head_scores, neuron_scores)
+
+    def worth(total: int) -> float:
+        beside = min(costs.affordable_units(total), units.capacity)
+        return heads.worth(total) + costs.budget.round_to * units.worth(beside)
+
+    return _counts(costs, heads, units, max(_feasible_heads(costs, heads, units), key=worth))
 
 
 def allocate_uniformly(costs: CostModel) -> Counts:
@@ -228,8 +270,7 @@ def allocate_uniformly(costs: CostModel) -> Counts:
     )
     wanted = round(costs.budget.mu * heads.capacity)
     total_heads = min(_affordable_heads(costs, heads, units, heads.least), key=lambda count: abs(count - wanted))
-    total_units = min(costs.affordable_units(total_heads), units.capacity)
-    return Counts(tuple(heads.cut(total_heads).tolist()), _neurons(costs, units.cut(total_units)))
+    return _counts(costs, heads, units, total_heads)
 
 
 def _pools(costs: CostModel, head_scores: Scores, neuron_scores: Scores) -> tuple[_Pool, _Pool]:
@@ -248,12 +289,18 @@ def _unit_scores(scores: NDArray[np.float64], round_to: int) -> NDArray[np.float
     return np.sqrt(squares)
 
 
+def _counts(costs: CostModel, heads: _Pool, units: _Pool, total_heads: int) -> Counts:
+    """The best heads, so many, and the best neurons that fit beside them."""
+    total_units = min(costs.affordable_units(total_heads), units.capacity)
+    return Counts(tuple(heads.cut(total_heads).tolist()), _neurons(costs, units.cut(total_units)))
+
+
 def _neurons(costs: CostModel, units: NDArray[np.int64]) -> tuple[int, ...]:
     return tuple((units * costs.budget.round_to).tolist())
 
 
-def _affordable_heads(costs: CostModel, heads: _Pool, units: _Pool, fewest: int) -> list[int]:
-    """Numbers of heads that leave room for enough neurons and leave nothing unspent while heads are to be had."""
+def _feasible_heads(costs: CostModel, heads: _Pool, units: _Pool) -> list[int]:
+    """Numbers of heads that leave room for enough neurons."""
     cheapest = costs.macs(Counts(tuple(heads.minimum.tolist()), _neurons(costs, units.minimum)))
     candidates = [
         count for count in range(heads.least, heads.capacity + 1) if costs.affordable_units(count) >= units.least
@@ -264,6 +311,12 @@ def _affordable_heads(costs: CostModel, heads: _Pool, units: _Pool, fewest: int)
             f"{_neurons(costs, units.minimum)[0]} neuron(s), which takes mu {cheapest / costs.dense:.4f}; "
             "raise --mu or lower --min_heads, --min_neurons or --round_to."
         )
+    return candidates
+
+
+def _affordable_heads(costs: CostModel, heads: _Pool, units: _Pool, fewest: int) -> list[int]:
+    """Of these, numbers of heads that leave nothing unspent while heads are to be had."""
+    candidates = _feasible_heads(costs, heads, units)
     spending = [count for count in candidates if costs.affordable_units(count) <= units.capacity]
     candidates = spending or candidates[-1:]
     return [count for count in candidates if count >= fewest] or candidates[-1:]

@@ -81,12 +81,12 @@ def pass_gradients(
     """
     # Rounding of half precision is small beside the noise of drawn answers.
     generator = torch.Generator(model.device).manual_seed(seed)
-    with _gradients_at(layers, receive), _frozen(model), torch.enable_grad(), half_precision(model.device):
+    with _gradients_at(layers, receive), frozen(model), torch.enable_grad(), half_precision(model.device):
         for batch in batches:
             inputs = accepted_inputs(model, batch)
             embedded = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_(True)
             inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
-            _log_likelihood(model(inputs_embeds=embedded, **inputs), batch, generator).backward()  # type: ignore[no-untyped-call]
+            log_likelihood(model(inputs_embeds=embedded, **inputs), batch, generator).backward()  # type: ignore[no-untyped-call]
 
 
 def square(gradients: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def square(gradients: Tensor) -> Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Gradients of weights are not wanted, only those that pass through."""
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
@@ -124,8 +124,8 @@ def _gradients_at(layers: Mapping[Name, nn.Module], receive: Callable[[Name, Ten
         yield
 
 
-def _log_likelihood(output: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
-    """Log-likelihood of answers drawn from what a model predicts, summed.
+def log_likelihood(output: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    """Log-likelihood of answers drawn from what a model predicts, summed over them.
 
     Classes and tokens are drawn from softmax; numbers and hidden states from a normal distribution around them.
     """

@@ -1,7 +1,7 @@
 """The registry of pruning methods.
 
-A method says how to rank heads and neurons, how to split the budget among the blocks, and whether the consumer weights
-are refitted. Everything else, statistics, surgery, checkpoint and report, is common to all.
+A method says how to rank heads and neurons, how to split the budget among the blocks, and how the consumers are
+corrected. Everything else, statistics, surgery, checkpoint and report, is common to all.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from shrinkformer.architectures import LayerView
 from shrinkformer.errors import InputError
 from shrinkformer.prune import ranking
-from shrinkformer.prune.budget import CostModel, Counts, allocate_globally, allocate_uniformly
+from shrinkformer.prune.budget import CostModel, Counts, allocate_at_threshold, allocate_globally, allocate_uniformly
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.ranking import Ranking
+from shrinkformer.prune.refit import Correction
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class LayerRanking:
 class Method(Protocol):
     """What a pruning method has to offer.
 
-    ``moments`` is None where ``refit`` is false. Rankings may be asked for twice, so they depend on nothing but their
-    arguments; random methods draw from a generator that starts from ``seed`` and the index of the block.
+    ``moments`` is None where ``needs_statistics`` is false. Rankings may be asked for twice, so they depend on nothing
+    but their arguments; random methods draw from a generator that starts from ``seed`` and the index of the block.
     """
 
     @property
@@ -39,12 +40,12 @@ class Method(Protocol):
         """Name for ``--method``."""
 
     @property
-    def refit(self) -> bool:
-        """Whether consumer weights take over what the removed columns did; needs calibration statistics."""
+    def needs_statistics(self) -> bool:
+        """Whether it needs second moments of the calibration examples; every correction does."""
 
     @property
-    def centred(self) -> bool:
-        """Whether the consumer's bias takes over the mean of the removed columns."""
+    def correction(self) -> Correction:
+        """What takes over from the columns that a consumer loses."""
 
     def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
         """Order the heads of a block."""
@@ -69,19 +70,19 @@ class Stat:
     """
 
     name: str
-    centred: bool
-    refit: bool = True
+    correction: Correction
+    needs_statistics: bool = True
     trade: float = 2.0
 
     def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
         """Order heads by pivots."""
         assert moments is not None
-        return ranking.rank_heads_by_pivots(view, moments, self.centred)
+        return ranking.rank_heads_by_pivots(view, moments, self.correction is Correction.CENTRED)
 
     def rank_neurons(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
         """Order neurons by pivots."""
         assert moments is not None
-        return ranking.rank_neurons_by_pivots(view, moments, self.centred)
+        return ranking.rank_neurons_by_pivots(view, moments, self.correction is Correction.CENTRED)
 
     def allocate(self, rankings: Sequence[LayerRanking], costs: CostModel) -> Counts:
         """Cut all blocks at one weighted threshold."""
@@ -111,8 +112,12 @@ class Magnitude:
     """The largest weights stay; the same share in every block."""
 
     name: str
-    refit: bool
-    centred: bool
+    correction: Correction
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Only to correct."""
+        return self.correction is not Correction.NONE
 
     def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
         """Order heads by the norms of their weights."""
@@ -132,8 +137,12 @@ class Random:
     """Any heads and neurons stay; the same share in every block."""
 
     name: str
-    refit: bool
-    centred: bool
+    correction: Correction
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Only to correct."""
+        return self.correction is not Correction.NONE
 
     def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
         """Shuffle heads."""
@@ -148,24 +157,115 @@ class Random:
         return allocate_uniformly(costs)
 
 
-SHRINK = "shrink"
-"""Our own method; it measures whole models, so it is none of those below."""
+@dataclass(frozen=True)
+class Wanda:
+    """The largest products of weights and inputs stay; the same share in every block.
+
+    Source:
+        Sun et al., Wanda, arXiv 2306.11695; for whole columns, with a refit, FASP, arXiv 2501.09412. Here the queries,
+        keys and values of heads go as well.
+    """
+
+    name: str
+    correction: Correction
+    needs_statistics: bool = True
+
+    def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
+        """Order heads by products."""
+        assert moments is not None
+        return ranking.rank_heads_by_products(view, moments)
+
+    def rank_neurons(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
+        """Order neurons by products."""
+        assert moments is not None
+        return ranking.rank_neurons_by_products(view, moments)
+
+    def allocate(self, rankings: Sequence[LayerRanking], costs: CostModel) -> Counts:
+        """Keep the same share in every block."""
+        return allocate_uniformly(costs)
+
+
+@dataclass(frozen=True)
+class Flap:
+    """What fluctuates most stays; the bias takes over the mean of the rest; one threshold for all blocks.
+
+    Source:
+        An et al., FLAP, arXiv 2312.11983, with its defaults: weighted variance of inputs, adaptive over blocks and
+        sublayers. There a head costs as much as the neurons that have its parameters, here its MACs; and where a
+        consumer has no bias, none is added.
+    """
+
+    name: str
+    correction: Correction = Correction.BIAS
+    needs_statistics: bool = True
+
+    def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
+        """Order heads by fluctuation."""
+        assert moments is not None
+        return ranking.rank_heads_by_fluctuation(view, moments)
+
+    def rank_neurons(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
+        """Order neurons by fluctuation."""
+        assert moments is not None
+        return ranking.rank_neurons_by_fluctuation(view, moments)
+
+    def allocate(self, rankings: Sequence[LayerRanking], costs: CostModel) -> Counts:
+        """Cut heads and neurons of all blocks at one threshold."""
+        lowest = min(float(rank.scores[-1]) for layer in rankings for rank in (layer.heads, layer.neurons))
+        heads = [layer.heads.scores - lowest for layer in rankings]
+        return allocate_at_threshold(costs, heads, [layer.neurons.scores - lowest for layer in rankings])
+
+
+@dataclass(frozen=True)
+class Obs:
+    """What the output can do without, after the best refit of the rest, leaves first; the same share in every block.
+
+    Source:
+        The optimal brain surgeon for structures, as in ZipLM, arXiv 2302.04089, and OSSCAR, arXiv 2403.12983, on the
+        inputs of the dense model; without their budget by measured latency and their local search.
+    """
+
+    name: str
+    correction: Correction = Correction.LEAST_SQUARES
+    needs_statistics: bool = True
+
+    def rank_heads(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
+        """Order heads by elimination."""
+        assert moments is not None
+        return ranking.rank_heads_by_elimination(view, moments)
+
+    def rank_neurons(self, view: LayerView, moments: Moments | None, seed: int) -> Ranking:
+        """Order neurons by elimination."""
+        assert moments is not None
+        return ranking.rank_neurons_by_elimination(view, moments)
+
+    def allocate(self, rankings: Sequence[LayerRanking], costs: CostModel) -> Counts:
+        """Keep the same share in every block."""
+        return allocate_uniformly(costs)
+
+
+SHRINK, KWON, KPRUNE = WHOLE_MODEL = ("shrink", "kwon", "kprune")
+"""Our own method, and others that measure a model as a whole; they have modules of their own."""
 
 DEFAULT_METHOD = "stat-bias"
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Stat("stat", centred=False),
-        Stat("stat-bias", centred=True),
-        Magnitude("magnitude", refit=False, centred=False),
-        Magnitude("magnitude-refit", refit=True, centred=True),
-        Random("random", refit=False, centred=False),
-        Random("random-refit", refit=True, centred=True),
+        Stat("stat", Correction.LEAST_SQUARES),
+        Stat("stat-bias", Correction.CENTRED),
+        Magnitude("magnitude", Correction.NONE),
+        Magnitude("magnitude-refit", Correction.CENTRED),
+        Random("random", Correction.NONE),
+        Random("random-refit", Correction.CENTRED),
+        Wanda("wanda", Correction.NONE),
+        Wanda("wanda-refit", Correction.LEAST_SQUARES),
+        Flap("flap"),
+        Obs("obs"),
     )
 }
 
-METHOD_NAMES = (SHRINK, *METHODS)
+METHOD_NAMES = (SHRINK, *METHODS, KWON, KPRUNE)
 
 
 def require_method(name: str) -> None:
@@ -174,12 +274,12 @@ def require_method(name: str) -> None:
     Raises:
         InputError: There is none.
     """
-    if name != SHRINK:
+    if name not in WHOLE_MODEL:
         get_method(name)
 
 
 def get_method(name: str) -> Method:
-    """The pruning method of that name.
+    """The pruning method of that name, of those that rank.
 
     Raises:
         InputError: There is none.

@@ -1,11 +1,15 @@
 """Prune a model: calibrate once, then produce a smaller model for any budget."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from transformers import PreTrainedModel
 
 from shrinkformer.prune.budget import Budget
-from shrinkformer.prune.methods import DEFAULT_METHOD, SHRINK
+from shrinkformer.prune.kprune import learn_kprune
+from shrinkformer.prune.kwon import learn_kwon
+from shrinkformer.prune.methods import DEFAULT_METHOD, KPRUNE, KWON, SHRINK
 from shrinkformer.prune.ranked import rank_units
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned
@@ -48,7 +52,7 @@ def calibrate(
     Args:
         model: Any model with an architecture record, in any floating-point type.
         batches: Model inputs with an ``attention_mask``; labels are not needed.
-        method: Name of a pruning method: ``shrink``, or one of ``METHODS``.
+        method: Name of a pruning method, one of ``METHOD_NAMES``.
         seed: Seed of what is drawn at random.
         progress: Wraps the loop over the blocks, for a progress bar.
         resources: For models larger than memory, for several processes, and for taking up an interrupted run.
@@ -59,9 +63,13 @@ def calibrate(
         UnsupportedModelError: There is no architecture record for the model.
         NumericalError: The model computes NaN or infinity on the examples.
     """
-    if method == SHRINK:
-        return learn(model, batches, config, seed=seed, progress=progress, resources=resources)
-    return rank_units(model, batches, method=method, seed=seed, progress=progress, resources=resources)
+    learners: dict[str, Callable[..., Calibrated]] = {
+        SHRINK: partial(learn, config=config),
+        KWON: learn_kwon,
+        KPRUNE: learn_kprune,
+    }
+    learner = learners.get(method, partial(rank_units, method=method))
+    return learner(model, batches, seed=seed, progress=progress, resources=resources)
 
 
 def prune_model(
@@ -81,7 +89,7 @@ def prune_model(
         model: Any model with an architecture record, in float32 or float64.
         batches: Calibration examples: model inputs with an ``attention_mask``; labels are not needed.
         mu: Fraction of the MACs that stays, in (0, 1].
-        method: Name of a pruning method: ``shrink``, or one of ``METHODS``.
+        method: Name of a pruning method, one of ``METHOD_NAMES``.
         seed: Seed of random methods.
         sequence_length: Length in tokens at which MACs are counted; the mean of the examples by default.
         round_to: Neurons of a block are a multiple of this.

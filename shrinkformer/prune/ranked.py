@@ -1,4 +1,4 @@
-"""Methods that rank heads and neurons by the activations of the dense model, then refit what consumes them."""
+"""Methods that rank heads and neurons by the activations of the dense model, then correct what consumes them."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.methods import LayerRanking, Method, get_method
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.plan import LayerPlan, Plan
-from shrinkformer.prune.refit import Consumer, refit_consumer, slice_consumer
+from shrinkformer.prune.refit import Consumer, correct_consumer, slice_consumer
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.statistics import Batches, LayerMoments, Progress, Statistics, stream_statistics
@@ -134,7 +134,7 @@ class Ranked:
     def _consumer(self, linear: Projection, moments: Moments | None, kept: Tensor) -> Consumer:
         if moments is None or len(kept) == linear.in_features:
             return slice_consumer(linear, kept)
-        return refit_consumer(linear, moments, kept, centred=self.method.centred)
+        return correct_consumer(linear, moments, kept, self.method.correction)
 
 
 def rank_units(
@@ -155,7 +155,7 @@ def rank_units(
     assert resources.offload is None or resources.store is not None, "offloaded moments need a store"
     model.eval()
     seconds = {"calibration": 0.0, "selection": 0.0}
-    statistics = Statistics(resources.store) if chosen.refit else None
+    statistics = Statistics(resources.store) if chosen.needs_statistics else None
     rankings = []
     began = perf_counter()
     with torch.no_grad():
@@ -172,7 +172,7 @@ def _learn(
     model: PreTrainedModel, batches: Batches, resources: Resources, progress: Progress, method: Method
 ) -> Iterator[tuple[LayerView, LayerMoments | None]]:
     """Every block with its weights on the device, and with its moments where the method wants them."""
-    if method.refit:
+    if method.needs_statistics:
         yield from stream_statistics(model, batches, resources, progress=progress)
         return
     for view in progress(layer_views(model)):

@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shrinkformer.architectures import LayerView
+from shrinkformer.architectures import LayerView, Projection
+from shrinkformer.prune.elimination import eliminate
 from shrinkformer.prune.interpolative import group_order, pivoted_cholesky, schur_group_errors
 from shrinkformer.prune.moments import Moments
 
@@ -83,6 +84,63 @@ def rank_heads_by_magnitude(view: LayerView) -> Ranking:
     values = view.head_values.double().flatten(1)
     outputs = view.attention_output.weight.double().T.reshape(view.heads, -1)
     return _by_score(values.norm(dim=1) * outputs.norm(dim=1))
+
+
+def rank_neurons_by_products(view: LayerView, moments: Moments) -> Ranking:
+    """Neurons by the consumer's weights times the norm of what they meet.
+
+    Source:
+        Sun et al., Wanda, arXiv 2306.11695, section 3, summed over a column as in FASP, arXiv 2501.09412.
+    """
+    return _by_score(_products(view.feed_forward_output, moments))
+
+
+def rank_heads_by_products(view: LayerView, moments: Moments) -> Ranking:
+    """The same for heads, summed over their columns."""
+    return _by_score(_products(view.attention_output, moments).reshape(view.heads, -1).sum(1))
+
+
+def _products(linear: Projection, moments: Moments) -> Tensor:
+    """For every column the sum of ``|weight| |input|``, ``(columns,)``."""
+    return linear.weight.double().abs().sum(0) * moments.second.diagonal().clamp(min=0).sqrt()
+
+
+def rank_neurons_by_fluctuation(view: LayerView, moments: Moments) -> Ranking:
+    """Neurons by what their variance does to the output, relative to the others of the block.
+
+    Source:
+        An et al., FLAP, arXiv 2312.11983: variance of a column times the squared norm of its weights, then less the
+        mean of the sublayer's columns and over their standard deviation.
+    """
+    return _by_score(_fluctuations(view.feed_forward_output, moments))
+
+
+def rank_heads_by_fluctuation(view: LayerView, moments: Moments) -> Ranking:
+    """The same for heads: the mean over their columns."""
+    return _by_score(_fluctuations(view.attention_output, moments).reshape(view.heads, -1).mean(1))
+
+
+def _fluctuations(linear: Projection, moments: Moments) -> Tensor:
+    variance = moments.second.diagonal() / moments.count - moments.mean.square()
+    score = variance.clamp(min=0) * linear.weight.double().square().sum(0)
+    return (score - score.mean()) / score.std().clamp(min=torch.finfo(score.dtype).tiny)
+
+
+def rank_neurons_by_elimination(view: LayerView, moments: Moments) -> Ranking:
+    """Neurons in the order in which the others cannot make up for them, see :func:`eliminate`."""
+    return _by_elimination(view.feed_forward_output, moments, 1)
+
+
+def rank_heads_by_elimination(view: LayerView, moments: Moments) -> Ranking:
+    """The same for heads."""
+    return _by_elimination(view.attention_output, moments, view.head_width)
+
+
+def _by_elimination(linear: Projection, moments: Moments, width: int) -> Ranking:
+    found = eliminate(moments.second, linear.weight.T, width)
+    losses = np.asarray(found.losses.cpu())
+    scores = np.minimum.accumulate(np.sqrt(losses[:-1] - losses[1:]))  # the others' refit may make one cheaper
+    return Ranking(found.order.cpu().numpy(), scores, np.sqrt(losses))
 
 
 def rank_at_random(size: int, rng: np.random.Generator) -> Ranking:

@@ -1,6 +1,7 @@
 """New consumer weights for the columns that stay."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -11,6 +12,20 @@ from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.ranking import gram
 
 
+class Correction(Enum):
+    """What takes over from the columns that a consumer loses."""
+
+    NONE = "nothing"
+    BIAS = "the bias, what they did on average"
+    LEAST_SQUARES = "the weights of the other columns"
+    CENTRED = "the weights of the other columns, and the bias"
+
+    @property
+    def refits(self) -> bool:
+        """Whether weights change."""
+        return self in {Correction.LEAST_SQUARES, Correction.CENTRED}
+
+
 @dataclass(frozen=True)
 class Consumer:
     """A consumer's weights after columns were removed.
@@ -18,7 +33,8 @@ class Consumer:
     Attributes:
         weight: ``(outputs, kept columns)``, in the dtype of the layer.
         bias: ``(outputs,)``, or None where the layer has none.
-        error: Relative error of the output on the calibration examples, 0 to 1; 0 where no statistics were taken.
+        error: Relative error of the output on the calibration examples, 0 to 1 where weights were refitted; 0 where no
+            statistics were taken.
     """
 
     weight: Tensor
@@ -33,10 +49,10 @@ def slice_consumer(linear: Projection, kept: Tensor) -> Consumer:
 
 
 @torch.no_grad()
-def refit_consumer(linear: Projection, moments: Moments, kept: Tensor, *, centred: bool) -> Consumer:
-    """Drop columns and let the others take over, by least squares on the calibration examples.
+def correct_consumer(linear: Projection, moments: Moments, kept: Tensor, correction: Correction) -> Consumer:
+    """Drop columns and let the others, or the bias, take over, by least squares on the calibration examples.
 
-    With inputs ``z`` and weights ``W`` (columns are inputs), the new weights minimise the mean of
+    With inputs ``z`` and weights ``W`` (columns are inputs), new weights minimise the mean of
     ``|W z - W' z_K - c|^2``: ``W'^T = G_KK^-1 G_K: W^T``, where ``G`` holds the second moments of ``z``. This is the
     interpolation matrix of an interpolative decomposition, folded into the next layer.
 
@@ -44,16 +60,18 @@ def refit_consumer(linear: Projection, moments: Moments, kept: Tensor, *, centre
         linear: The consumer.
         moments: Moments of its input.
         kept: Columns that stay, ``(k,)`` int64.
-        centred: Use moments about the mean and put ``c`` into the bias (needs one); otherwise ``c = 0``.
+        correction: With a bias, ``G`` is taken about the mean and ``c`` goes into the bias; a layer that has none goes
+            without. Otherwise ``c = 0``.
 
     Source:
-        STAT, arXiv 2406.00061, without centring. With it: ordinary least squares with an intercept.
+        STAT, arXiv 2406.00061, without centring. With it: ordinary least squares with an intercept. The bias alone:
+        FLAP, arXiv 2312.11983.
     """
     bias = linear.bias
-    centred = centred and bias is not None
+    centred = correction in {Correction.BIAS, Correction.CENTRED} and bias is not None
     second = gram(moments, centred)
     old = linear.weight.double().T  # (columns, outputs)
-    new = fold(second, kept, old)
+    new = fold(second, kept, old) if correction.refits else old[kept]
     if centred and bias is not None:
         mean = moments.mean
         bias = (bias.double() + mean @ old - mean[kept] @ new).to(bias.dtype)
