@@ -33,7 +33,7 @@ class Damage:
         model: The dense model, in memory, in evaluation mode.
         batches: Examples of all workers, of which some are used.
         workers: Share the examples; all of them get the same figures.
-        tokens: In about so many tokens, less where vocabularies are large.
+        tokens: In about so many tokens, less of language models.
 
     Examples pass in bfloat16 where that is fast, both models alike.
     """
@@ -42,8 +42,9 @@ class Damage:
         self, model: PreTrainedModel, batches: Batches, workers: Workers = ALONE, tokens: int = TOKENS
     ) -> None:
         self._workers, self._device = workers, model.device
-        per_token = getattr(model.config, "vocab_size", 1) if model.can_generate() else 1
-        share = workers.share(spread(batches, min(tokens, max(1, int(_KEPT_NUMBERS / per_token)))))
+        if model.can_generate():  # every token is a prediction, and a long one
+            tokens = min(tokens // 2, int(_KEPT_NUMBERS / model.config.vocab_size))
+        share = workers.share(spread(batches, max(1, tokens)))
         with torch.no_grad(), half_precision(self._device):
             self._stream = BlockStream(model, share)
             self._entrances = [[self._stream.hidden(index) for index in range(len(self._stream))]]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shrinkformer.prune.divergence import predictions
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.utils.inputs import accepted_inputs
@@ -127,22 +128,16 @@ def _gradients_at(layers: Mapping[Name, nn.Module], receive: Callable[[Name, Ten
 def log_likelihood(output: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
     """Log-likelihood of answers drawn from what a model predicts, summed over them.
 
-    Classes and tokens are drawn from softmax; numbers and hidden states from a normal distribution around them.
+    Classes and tokens are drawn from softmax; numbers and embeddings from a normal distribution around them.
     """
     mask = batch["attention_mask"].bool()
-    if "start_logits" in output:
-        parts = (output.start_logits, output.end_logits)
-        hidden = ~mask.to(output.start_logits.device)
-        return sum((_drawn(part.masked_fill(hidden, -1e4), generator) for part in parts), torch.zeros(()))
-    if "logits" in output:
-        logits = output.logits[mask] if output.logits.ndim == 3 else output.logits
-        return _drawn(logits, generator) if logits.shape[-1] > 1 else _moved(logits, generator)
-    return _moved(output.last_hidden_state[mask], generator)
+    found = predictions(output, mask.to(generator.device))
+    drawn = [(_drawn if found.distribution else _moved)(part, generator) for part in found.parts]
+    return torch.stack(drawn).sum()
 
 
-def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Of classes, ``(rows, classes)``."""
-    logs = torch.log_softmax(logits.float(), -1)
+def _drawn(logs: Tensor, generator: torch.Generator) -> Tensor:
+    """Of classes, from log-probabilities ``(rows, classes)``."""
     with torch.no_grad():
         below = logs.exp().cumsum(-1)  # torch.multinomial is slow
         point = torch.rand(len(logs), 1, generator=generator, device=logs.device) * below[:, -1:]
@@ -153,4 +148,4 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 def _moved(values: Tensor, generator: torch.Generator) -> Tensor:
     """Of numbers: the gradient of a normal log-density at a point drawn from it is the step away from the mean."""
     steps = torch.randn(values.shape, generator=generator, device=values.device)
-    return (values.float() * steps).sum()
+    return (values * steps).sum()

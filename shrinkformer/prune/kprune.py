@@ -15,7 +15,7 @@ from shrinkformer.errors import NumericalError
 from shrinkformer.prune.budget import Budget, CostModel, allocate_at_threshold
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.divergence import Predictions, divergence, predictions
-from shrinkformer.prune.fisher import TOKENS, enough, log_likelihood
+from shrinkformer.prune.fisher import TOKENS, log_likelihood
 from shrinkformer.prune.masks import (
     Loss,
     Part,
@@ -29,6 +29,7 @@ from shrinkformer.prune.masks import (
 from shrinkformer.prune.methods import KPRUNE
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
+from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import token_rows
 from shrinkformer.utils.inputs import accepted_inputs
@@ -127,7 +128,7 @@ class KPrune:
     def _prune_in_turn(self, model: PreTrainedModel, costs: CostModel) -> tuple[list[list[int]], list[float]]:
         """Prune a copy of the model, in place; gives what each part keeps and the relative error of its sublayer."""
         workers, kept, errors, changed = self.resources.workers, list[list[int]](), list[float](), False
-        examples = workers.share(enough(self.batches, TOKENS))
+        examples = workers.share(spread(self.batches, TOKENS))
         loss = _divergence_from(self.model, examples)
         every, share = parts_of(layer_views(model)), workers.share(self.batches)
         for parts, dense, passes in paired_blocks(self.model, layer_views(model), share, self.progress):
@@ -244,7 +245,7 @@ def learn_kprune(
     """
     resources, seconds = resources or Resources(), dict[str, float]()
     model.eval()
-    examples = resources.workers.share(enough(batches, TOKENS))
+    examples = resources.workers.share(spread(batches, TOKENS))
     generator = torch.Generator(model.device).manual_seed(seed)
 
     def loss(output: object, index: int) -> Tensor:
