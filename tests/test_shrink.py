@@ -82,6 +82,19 @@ class TestRegression:
         assert torch.allclose(found.weight, expected[:-1], atol=1e-6)
         assert torch.allclose(found.bias, expected[-1], atol=1e-5)
 
+    def test_columns_that_hardly_move_keep_their_digits(self) -> None:
+        """Far from zero, float32 products have no digits left for what moves, unless sums start from an origin."""
+        z, truth = rows(0, 4000, 6), rows(1, 6, 3)
+        x = (z + 1e4).float()
+        y = (x.double() @ truth).float()
+        origin = x[:50].double().mean(0), y[:50].double().mean(0)
+        halves = [Sums(6, 3, x.device, origin) for _ in range(2)]
+        for half, part in zip(halves, (slice(2000), slice(2000, None)), strict=True):
+            half.update(x[part], y[part], torch.ones(2000))
+        found = ridge_regression(halves, torch.zeros(6, 3), intercept=True, ridges=(1e-9,))
+        assert torch.allclose(found.weight, truth, rtol=1e-2, atol=1e-2)
+        assert torch.allclose(x.double() @ found.weight + found.bias, y.double(), rtol=1e-4)
+
     def test_noise_leaves_the_prior_alone(self) -> None:
         x, prior = rows(0, 30, 20), rows(3, 20, 2)
         found = self.fit(x, x @ prior, torch.ones(30), prior, intercept=False)

@@ -25,6 +25,9 @@ class Sums:
         inputs: Entries of ``x``.
         outputs: Entries of ``y``.
         device: Where the sums are kept.
+        origin: Of ``x`` and of ``y``, ``(inputs,)`` and ``(outputs,)``: they are summed as differences from it. Where
+            products are float32, what is far from zero but hardly moves would be lost in their rounding when means
+            are subtracted afterwards. Only a regression with an intercept may have one; zero by default.
 
     Attributes:
         second: ``sum w x x'``, ``(inputs, inputs)``.
@@ -35,10 +38,13 @@ class Sums:
         weight: ``sum w``, a scalar tensor.
     """
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, device: torch.device, origin: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
+        self.origin = origin or (zeros(inputs), zeros(outputs))
         self.second, self.cross = zeros(inputs, inputs), zeros(inputs, outputs)
         self.input_total, self.output_total = zeros(inputs), zeros(outputs)
         self.square, self.weight = zeros(), zeros()
@@ -52,7 +58,7 @@ class Sums:
     def update(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add tokens: ``(tokens, inputs)``, ``(tokens, outputs)``, and how much each counts, ``(tokens,)``."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, y, weights = x.to(dtype), y.to(dtype), weights.to(dtype)
+        x, y, weights = (x - self.origin[0]).to(dtype), (y - self.origin[1]).to(dtype), weights.to(dtype)
         weighted = x * weights[:, None]
         with exact_products(x.device):
             self.second += weighted.T @ x
@@ -63,7 +69,7 @@ class Sums:
         self.weight += weights.sum(dtype=torch.float64)
 
     def merge(self, other: "Sums") -> None:
-        """Add the tokens that ``other`` has seen."""
+        """Add the tokens that ``other`` has seen, from the same origin."""
         for mine, theirs in zip(self.parts, other.parts, strict=True):
             mine.add_(theirs)
 
@@ -126,12 +132,12 @@ def ridge_regression(
     infinite one, is then used on all of them.
 
     Args:
-        halves: Two parts of the tokens.
+        halves: Two parts of the tokens, from the same origin.
         prior: ``(inputs, outputs)``.
         intercept: Whether there is a ``b``.
         ridges: Strengths to try.
     """
-    whole = Sums(prior.shape[0], prior.shape[1], prior.device)
+    whole = Sums(prior.shape[0], prior.shape[1], prior.device, halves[0].origin)
     for half in halves:
         whole.merge(half)
     prior, chosen = prior.double(), float("inf")
@@ -148,6 +154,7 @@ def ridge_regression(
     bias = torch.zeros_like(whole.output_total)
     if intercept and whole.weight:
         bias = (whole.output_total - whole.input_total @ weight) / whole.weight
+        bias += whole.origin[1] - whole.origin[0] @ weight
     square = float(everything.square)
     error = max(0.0, 1 + everything.loss(weight) / square) ** 0.5 if square > 0 else 0.0
     return Fit(weight, bias, chosen, error)

@@ -92,22 +92,34 @@ def _refit(site: Site, passes: BlockPasses, dense: DensePass, sensitivity: Sensi
     prior = torch.cat([linear.weight.double() for linear in linears]).T
     attention = site.paths[0] in {*view.architecture.attention.producers, view.architecture.attention.output}
     sublayer = view.index, ATTENTION if attention else FEED_FORWARD
-    halves = [Sums(prior.shape[0], prior.shape[1], prior.device) for _ in range(2)]
+    intercept = all(linear.bias is not None for linear in linears)
+    halves: list[Sums] = []
     for index in range(len(passes.stream)):
         if site.residual:
             x, y, weights = _ending(site, passes, dense, index)
         else:
             x, y = passes.inputs(site.paths[0], index), _outputs(linears, dense.inputs(site, index))
             weights = torch.ones_like(x[:, 0])
+        halves = halves or _empty_halves(prior, x, y, workers, intercept)
         weights = weights * sensitivity.token_weights(sublayer, index, weights)
         cut = len(x) // 2  # examples lie one after the other, so no example but one is in both halves
         for half, part in zip(halves, (slice(cut), slice(cut, None)), strict=True):
             half.update(x[part], y[part], weights[part])
+    halves = halves or _empty_halves(prior, prior.T[:0], prior[:0], workers, intercept)  # this worker has no examples
     for half in halves:
         half.all_reduce(workers)
-    fit = ridge_regression(halves, prior, intercept=all(linear.bias is not None for linear in linears))
+    fit = ridge_regression(halves, prior, intercept=intercept)
     _write(linears, fit)
     return fit
+
+
+def _empty_halves(prior: Tensor, x: Tensor, y: Tensor, workers: Workers, intercept: bool) -> list[Sums]:
+    """Sums of no tokens yet; their origin is about where the first inputs and outputs of all workers lie."""
+    first = torch.cat([x.sum(0, dtype=torch.float64), y.sum(0, dtype=torch.float64), x.new_tensor([len(x)]).double()])
+    workers.sum_(first)
+    means = first[:-1] / first[-1].clamp(min=1)
+    origin = (means[: len(prior)], means[len(prior) :]) if intercept else None
+    return [Sums(prior.shape[0], prior.shape[1], prior.device, origin) for _ in range(2)]
 
 
 def _ending(site: Site, passes: BlockPasses, dense: DensePass, index: int) -> tuple[Tensor, Tensor, Tensor]:
