@@ -58,7 +58,7 @@ tags: [shrinkformer, quantized]
 ---
 # {title}
 
-`{source}`, quantized by shrinkformer to {config.bits} bits without retraining{pruned}: {config.storage}, layers
+`{source}`, quantized by shrinkformer to {config.amount} without retraining{pruned}: {config.storage}, layers
 `{config.layers}`, quantizer `{config.quantizer}`, format `{kind}`.
 
 ```python

@@ -172,7 +172,7 @@ def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
 def _quantized_section(figures: Measured, found: Quantized) -> dict[str, Any]:
     config = found.config
     settings = {
-        "bits": config.bits,
+        "bits": config.bits if config.bits_of is None else None,
         "group_size": config.group_size,
         "symmetric": config.symmetric,
         "quantizer": config.quantizer,
@@ -185,11 +185,11 @@ def _quantized_section(figures: Measured, found: Quantized) -> dict[str, Any]:
 def _quantized_lines(found: Quantized) -> list[str]:
     config = found.config
     lines = [
-        f"  {config.bits} bits, {config.storage}, by {config.quantizer}; relative error of each layer's output",
-        f"  {'layer':>5}  {'name':32}{'error':>9}{'nearest':>9}{'damping':>9}{'trust':>12}{'seconds':>9}",
+        f"  {config.amount}, {config.storage}, by {config.quantizer}; relative error of each layer's output",
+        f"  {'layer':>5}  {'name':32}{'bits':>5}{'error':>9}{'nearest':>9}{'damping':>9}{'trust':>12}{'seconds':>9}",
     ]
     return lines + [
-        f"  {'' if row.layer is None else row.layer:>5}  {row.name:32}"
+        f"  {'' if row.layer is None else row.layer:>5}  {row.name:32}{row.bits:>5}"
         f"{row.error:>9.4f}{row.nearest_error:>9.4f}{row.damping:>9.0e}"
         f"{' '.join(f'{share:.2f}' for share in row.trust):>12}{row.seconds:>9.2f}"
         for row in found.layers

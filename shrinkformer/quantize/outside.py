@@ -27,7 +27,7 @@ def require_outside(model: PreTrainedModel, config: QuantizeConfig) -> None:
     Raises:
         InputError: It has not, or one matrix serves as both and only one of them is wanted.
     """
-    wanted = {name for kind in config.also for name in _layers(model, kind)}
+    wanted = {name for kind in config.also for name in _layers(model, kind) if config.scheme_of(name) is not None}
     for kind in config.also:
         if not _layers(model, kind):
             raise InputError(f"--also {kind}: {type(model).__name__} has no layer behind its blocks; leave it out.")
@@ -67,7 +67,7 @@ class Outside:
         """
         if EMBEDDINGS not in self._config.also:
             return
-        for name in _layers(self._model, EMBEDDINGS):
+        for name in self._wanted(EMBEDDINGS):
             matrix, second = self._model.get_submodule(name).weight, None
             heads = [head for head in _layers(self._model, HEAD) if self._model.get_submodule(head).weight is matrix]
             if heads and self._config.recipe.look_ahead:
@@ -83,24 +83,26 @@ class Outside:
         """Quantize the layers of the head, given what the quantized blocks make."""
         if HEAD not in self._config.also:
             return
-        names = [name for name in _layers(self._model, HEAD) if name not in into.weights]
+        names = [name for name in self._wanted(HEAD) if name not in into.weights]
         known = self._inputs(names) if names and self._config.recipe.look_ahead else {}
         for name in names:
             self._solve(name, known.get(name), into)
 
+    def _wanted(self, kind: str) -> list[str]:
+        return [name for name in _layers(self._model, kind) if self._config.scheme_of(name) is not None]
+
     def _solve(self, name: str, second: Tensor | None, into: Quantized) -> None:
-        began, config = perf_counter(), self._config
+        began, config, scheme = perf_counter(), self._config, self._config.scheme_of(name)
+        assert scheme is not None
         weight, recipe = _weight(self._model.get_submodule(name)), config.recipe
         hessian = None
         if second is not None:
             hessian = Hessian.of(second, damping=recipe.damping, by_activity=recipe.by_activity)
-        solved = quantize_weight(
-            weight, hessian, config.scheme.fitting(weight.shape[1]), recipe, dtype=config.scale_dtype
-        )
+        solved = quantize_weight(weight, hessian, scheme.fitting(weight.shape[1]), recipe, dtype=config.scale_dtype)
         weight.copy_(solved.weight.decode().to(weight.dtype))
         into.weights[name] = solved.weight
         errors = (solved.error, solved.nearest_error, solved.damping)
-        into.layers.append(LayerReport(None, name, *errors, (), perf_counter() - began))
+        into.layers.append(LayerReport(None, name, *errors, (), perf_counter() - began, scheme.bits))
 
     def _inputs(self, names: list[str]) -> dict[str, Tensor]:
         """Second moments of the inputs of layers behind the blocks, which one pass of the examples reaches."""
