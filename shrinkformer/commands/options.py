@@ -2,10 +2,11 @@
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 
@@ -32,6 +33,8 @@ class PruneOptions:
     Raises:
         InputError: A value is out of its range, or a file or folder is not there.
     """
+
+    excludes: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # flags that cannot stand beside one, and why
 
     model_name: str = option("", "checkpoint: models/<name>/<task>, a folder, a bundled model, or a name on the hub")
     mu: tuple[float, ...] = option(
@@ -256,10 +259,20 @@ def parse_options(
         if only is None or entry.name in only:
             _add_flag(parser, entry)
     values = vars(parser.parse_args(arguments)) | fixed
+    _require_compatible(kind, values, arguments)
     for name in ("mu", "lm_eval", "format"):
         if name in values:
             values[name] = tuple(dict.fromkeys(values[name]))
     return kind(**values)
+
+
+def _require_compatible(kind: type[PruneOptions], values: dict[str, Any], arguments: Sequence[str] | None) -> None:
+    """Check that of flags which exclude each other only some were given, be it with their default values."""
+    given = {argument.partition("=")[0] for argument in (sys.argv[1:] if arguments is None else arguments)}
+    for name, others in kind.excludes.items():
+        for other, reason in others.items():
+            if {f"--{name}", f"--{other}"} <= given:
+                raise InputError(f"--{name} {values[name]} {reason}; leave --{other} out, or --{name}.")
 
 
 def _add_flag(parser: argparse.ArgumentParser, entry: "Field[Any]") -> None:

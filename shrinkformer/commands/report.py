@@ -69,6 +69,7 @@ class Run:
     peak_memory_bytes: int
     quantized: Measured | None = None
     quantization: Quantized | None = None
+    target_ratio: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that other programs read; design and README list its fields."""
@@ -80,6 +81,7 @@ class Run:
             "task_name": self.task_name,
             "method": self.method,
             "mu": self.mu,
+            **({} if self.target_ratio is None else {"target_ratio": self.target_ratio}),
             "seed": self.seed,
             "sample_batch_size": self.sample_batch_size,
             "calibration_tokens": self.calibration_tokens,
@@ -117,8 +119,9 @@ class Run:
 
     def table(self) -> str:
         """The same for people."""
+        target = "" if self.target_ratio is None else f"target ratio {self.target_ratio:g}, "
         title = (
-            f"{self.model_name} on {self.task_name}: method {self.method}, mu {self.mu:g}, seed {self.seed}, "
+            f"{self.model_name} on {self.task_name}: {target}method {self.method}, mu {self.mu:.4g}, seed {self.seed}, "
             f"{self.sample_batch_size} examples ({self.calibration_tokens:,} tokens)"
         )
         named = {"dense": self.dense, "pruned": self.pruned, "quantized": self.quantized}

@@ -32,12 +32,10 @@ class Damage:
     """
 
     def __init__(self, model: PreTrainedModel, batches: Batches, workers: Workers = ALONE) -> None:
-        self._workers, self._device = workers, model.device
+        self._model, self._workers, self._device = model, workers, model.device
         per_token = getattr(model.config, "vocab_size", 1) if model.can_generate() else 1
-        share = workers.share(enough(batches, min(TOKENS, max(1, int(_KEPT_NUMBERS / per_token)))))
-        with torch.no_grad(), half_precision(self._device):
-            self._stream = BlockStream(model, share)
-            self._entrances = [[self._stream.hidden(index) for index in range(len(self._stream))]]
+        self._share = workers.share(enough(batches, min(TOKENS, max(1, int(_KEPT_NUMBERS / per_token)))))
+        self.start()
         blocks = [view.block for view in layer_views(model)]
         self.enter(blocks)
         with torch.no_grad():
@@ -45,6 +43,13 @@ class Damage:
         rows = sum(len(dense.parts[0]) for dense in self._dense)
         self._rows = torch.tensor(rows, dtype=torch.float64, device=self._device)
         workers.sum_(self._rows)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Let the examples enter the model anew, after a change before its blocks; blocks have to be entered next."""
+        with half_precision(self._device):
+            self._stream = BlockStream(self._model, self._share)
+            self._entrances = [[self._stream.hidden(index) for index in range(len(self._stream))]]
 
     @torch.no_grad()
     def enter(self, blocks: Sequence[nn.Module]) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -19,7 +19,7 @@ from shrinkformer.prune.methods import SHRINK
 from shrinkformer.prune.plan import LayerPlan, Plan
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
-from shrinkformer.prune.search import Found, Search
+from shrinkformer.prune.search import Search
 from shrinkformer.prune.sensitivity import Sensitivity, learn_sensitivity
 from shrinkformer.prune.sequential import RefitErrors, refit_blocks
 from shrinkformer.prune.statistics import Batches, Progress, stream_statistics
@@ -92,8 +92,22 @@ class Shrinker:
                 workers=self.resources.workers,
             )
             found = search.run()
+        return self._carry_out(costs, found.sizes, seconds)
+
+    def prune_to(self, sizes: Sequence[LayerSize], sequence_length: float) -> Pruned:
+        """A smaller copy of the model, in memory, with blocks of given sizes.
+
+        Args:
+            sizes: Of each block.
+            sequence_length: Length in tokens at which MACs are counted, for the plan.
+        """
+        costs = CostModel.of(layer_views(self.model), Budget(1.0, sequence_length))
+        mu = model_macs(sizes, costs.hidden_size, sequence_length) / costs.dense
+        return self._carry_out(replace(costs, budget=Budget(mu, sequence_length)), sizes, {})
+
+    def _carry_out(self, costs: CostModel, sizes: Sequence[LayerSize], seconds: dict[str, float]) -> Pruned:
         with timed(seconds, "refit"):
-            model = self._assembled(found.sizes)
+            model = self._assembled(sizes)
             views = layer_views(model)
             errors = refit_blocks(
                 self.model,
@@ -103,7 +117,7 @@ class Shrinker:
                 workers=self.resources.workers,
                 progress=self.progress,
             )
-        plan = self._plan(costs, found, errors)
+        plan = self._plan(costs, sizes, errors)
         describe_sizes(model, plan)
         return Pruned(model, plan, seconds)
 
@@ -113,9 +127,9 @@ class Shrinker:
         blocks = [level.build(size, config).block for level, size in zip(self.levels, sizes, strict=True)]
         return with_blocks(self.model, blocks, config)
 
-    def _plan(self, costs: CostModel, found: Found, errors: Sequence[RefitErrors]) -> Plan:
+    def _plan(self, costs: CostModel, sizes: Sequence[LayerSize], errors: Sequence[RefitErrors]) -> Plan:
         layers = []
-        for level, size, error in zip(self.levels, found.sizes, errors, strict=True):
+        for level, size, error in zip(self.levels, sizes, errors, strict=True):
             narrow = (size.query_width, size.value_width) != (level.size.query_width, level.size.value_width)
             layers.append(
                 LayerPlan(
@@ -133,7 +147,7 @@ class Shrinker:
             seed=self.seed,
             sequence_length=costs.budget.sequence_length,
             dense_macs=costs.dense,
-            macs=model_macs(found.sizes, costs.hidden_size, costs.budget.sequence_length),
+            macs=model_macs(sizes, costs.hidden_size, costs.budget.sequence_length),
             layers=tuple(layers),
         )
 

@@ -27,9 +27,9 @@ def require_outside(model: PreTrainedModel, config: QuantizeConfig) -> None:
     Raises:
         InputError: It has not, or one matrix serves as both and only one of them is wanted.
     """
-    wanted = {name for kind in config.also for name in _layers(model, kind) if config.scheme_of(name) is not None}
+    wanted = {name for kind in config.also for name in outside_layers(model, kind) if config.scheme_of(name)}
     for kind in config.also:
-        if not _layers(model, kind):
+        if not outside_layers(model, kind):
             raise InputError(f"--also {kind}: {type(model).__name__} has no layer behind its blocks; leave it out.")
     for ours, theirs in tied_weights(model).items():
         pair = {ours.removesuffix(".weight"), theirs.removesuffix(".weight")}
@@ -69,9 +69,10 @@ class Outside:
             return
         for name in self._wanted(EMBEDDINGS):
             matrix, second = self._model.get_submodule(name).weight, None
-            heads = [head for head in _layers(self._model, HEAD) if self._model.get_submodule(head).weight is matrix]
+            heads = outside_layers(self._model, HEAD)
+            heads = [head for head in heads if self._model.get_submodule(head).weight is matrix]
             if heads and self._config.recipe.look_ahead:
-                second = self._inputs(heads)[heads[0]]
+                second = self.inputs(heads)[heads[0]]
                 second = second / second.diagonal().mean().clamp(min=1e-30)
                 second.diagonal().add_(1.0)
             self._solve(name, second, into)
@@ -84,12 +85,12 @@ class Outside:
         if HEAD not in self._config.also:
             return
         names = [name for name in self._wanted(HEAD) if name not in into.weights]
-        known = self._inputs(names) if names and self._config.recipe.look_ahead else {}
+        known = self.inputs(names) if names and self._config.recipe.look_ahead else {}
         for name in names:
             self._solve(name, known.get(name), into)
 
     def _wanted(self, kind: str) -> list[str]:
-        return [name for name in _layers(self._model, kind) if self._config.scheme_of(name) is not None]
+        return [name for name in outside_layers(self._model, kind) if self._config.scheme_of(name) is not None]
 
     def _solve(self, name: str, second: Tensor | None, into: Quantized) -> None:
         began, config, scheme = perf_counter(), self._config, self._config.scheme_of(name)
@@ -104,7 +105,7 @@ class Outside:
         errors = (solved.error, solved.nearest_error, solved.damping)
         into.layers.append(LayerReport(None, name, *errors, (), perf_counter() - began, scheme.bits))
 
-    def _inputs(self, names: list[str]) -> dict[str, Tensor]:
+    def inputs(self, names: list[str]) -> dict[str, Tensor]:
         """Second moments of the inputs of layers behind the blocks, which one pass of the examples reaches."""
         layers = {name: self._model.get_submodule(name) for name in names}
         device = self._model.device
@@ -127,7 +128,7 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _layers(model: PreTrainedModel, kind: str) -> list[str]:
+def outside_layers(model: PreTrainedModel, kind: str) -> list[str]:
     """Names of the layers: the token embeddings, or all linear layers that stand behind the blocks in the model."""
     if kind == EMBEDDINGS:
         embeddings = model.get_input_embeddings()
