@@ -37,7 +37,7 @@ def written(learnt: Compressor, mixture: Mixture, folder: Path) -> Path:
     plan = None if found.pruned is None else found.pruned.plan
     if plan is not None:
         describe_sizes(found.model, plan)
-    save(found.model, found.quantized.weights, folder, dtype=torch.float32, plan=plan)
+    save(found.model, found.quantized.weights, folder, dtype=torch.float32, plan=plan, tied_once=True)
     again = load(folder)
     assert torch.equal(again(input_ids=IDS)[0], found.model(input_ids=IDS)[0])
     return folder

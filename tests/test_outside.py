@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.errors import InputError
 from shrinkformer.prune.streamed import tied_weights
 from shrinkformer.quantize.checkpoint import load, save
@@ -49,6 +50,18 @@ def test_a_matrix_with_two_uses_is_solved_once_and_written_twice(tmp_path: Path)
     folder = save(model, found.weights, tmp_path / "saved", dtype=torch.float32)
     again = load(folder)
     assert not again.config.tie_word_embeddings
+    assert torch.equal(again(input_ids=IDS)[0], model(input_ids=IDS)[0])
+
+
+def test_a_matrix_with_two_uses_is_written_once_for_ourselves(tmp_path: Path) -> None:
+    model = build_model("opt")
+    found = quantize_(model, BATCHES, QuantizeConfig(4, 16, also=BOTH, scale_dtype=torch.float32))
+    folders = [
+        save(model, found.weights, tmp_path / str(once), dtype=torch.float32, tied_once=once) for once in (False, True)
+    ]
+    assert folder_bytes(folders[1]) < folder_bytes(folders[0])
+    again = load(folders[1])
+    assert again.lm_head.weight is again.get_input_embeddings().weight
     assert torch.equal(again(input_ids=IDS)[0], model(input_ids=IDS)[0])
 
 

@@ -233,6 +233,7 @@ def save_formats(
                 card=_card(job, found, plan, kind),
                 extras_from=Path(job.source.location),
                 example=example,
+                tied_once=found.config.bits_of is not None,
             )
             _require_equal_outputs(job, model, folder, kind)
         job.workers.barrier()

@@ -111,14 +111,13 @@ class ByteCosts:
         return total
 
     def matrix(self, names: tuple[str, ...], bits: int) -> int | None:
-        """Bytes of a layer outside the blocks; one with two names is written under both when it is quantized."""
+        """Bytes of a layer outside the blocks; one with two names is written once, see ``tied_once`` of ``save``."""
         weight = self._model.get_submodule(names[0]).weight
         assert isinstance(weight, torch.Tensor)
         outputs, inputs = weight.shape
         if bits != FLOAT and self._config.group_size > inputs:
             return None
-        costs = [self._layer(name, outputs, inputs, bits) for name in (names if bits else names[:1])]
-        return None if None in costs else sum(cost for cost in costs if cost is not None)
+        return self._layer(names[0], outputs, inputs, bits)
 
     def _layer(self, name: str, outputs: int, inputs: int, bits: int) -> int | None:
         if bits == FLOAT:
