@@ -1,17 +1,20 @@
 """``--target_ratio`` through the commands: bytes on disk, reports, loading again, bad input."""
 
 import json
-import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 import shrinkformer
-from shrinkformer.commands import quantize_bert, quantize_opt, session
+from shrinkformer.commands import quantize_bert, quantize_opt, session, target_ratio
 from shrinkformer.efficiency.size import folder_bytes
-from shrinkformer.quantize.byte_costs import ByteCosts
+from shrinkformer.prune.budget import Budget
+from shrinkformer.quantize.byte_budget import Compressed
+from shrinkformer.quantize.byte_search import Mixture
+from shrinkformer.quantize.config import QuantizeConfig, Quantized
 from tests.test_prune_opt import call, checkpoint, read_records, write_corpora
 from tests.test_streamed import (
     encoder_command,
@@ -67,20 +70,38 @@ def test_encoder(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert {"accuracy", "accuracy_stderr"} <= set(record["quantized"]["metrics"])
 
 
-def test_a_file_that_is_too_large_is_made_again(
-    inside: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As if something had not been counted: the next plan is smaller by so much."""
-    monkeypatch.setattr(ByteCosts, "_stored", _without_headers)
-    assert quantize(data, "--target_ratio", "0.25") == 0
-    tried = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pruning and quantizing to")]
-    assert len(tried) == 2
-    (record,) = read_records(Path("output"))
-    assert record["ratio"]["bytes"] <= 0.25
+def test_dry_run(inside: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize(data, "--target_ratio", "0.25", "--dry_run") == 0
+    output = capsys.readouterr().out
+    assert "target ratio 0.25: at most 0." in output
+    assert "method shrink" in output
+    assert not Path("output").exists()
 
 
-def _without_headers(_costs: ByteCosts, tensors: dict[str, Any]) -> int:
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
+class _Uncounted:
+    """Forgets 100 bytes."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def plan(self, allowed: int) -> Mixture:
+        self.asked.append(allowed)
+        return Mixture({}, 0.0, allowed)
+
+    def carry_out(self, mixture: Mixture) -> Compressed:
+        return Compressed(cast("Any", mixture.bytes + 100), Quantized({}, [], QuantizeConfig()), None)
+
+
+def test_a_file_that_is_too_large_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(_session: object, _budget: object, size: int, *_: object) -> Path:
+        (tmp_path / "model.safetensors").write_bytes(bytes(size))
+        return tmp_path
+
+    monkeypatch.setattr(target_ratio, "save_formats", write)
+    compressor, session = _Uncounted(), SimpleNamespace(job=SimpleNamespace(say=lambda _: None))
+    found, folder = target_ratio._within(cast("Any", compressor), cast("Any", session), Budget(1.0, 8.0), 1000, {})
+    assert compressor.asked == [1000, 900]
+    assert folder_bytes(folder) == 1000 == found.model
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ class Session:
         return Run(
             task_name=job.task_name,
             model_name=job.source.name,
-            method=found.pop("method", options.method),
+            method=options.method,
             mu=found.pop("mu", budget.mu),
             seed=options.seed,
             sample_batch_size=options.sample_batch_size,

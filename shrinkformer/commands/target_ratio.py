@@ -39,8 +39,14 @@ def run_target_ratio(job: Job, options: QuantizeOptions, seconds: dict[str, floa
     location = Path(job.source.location)
     if location.is_dir():
         limits = Budget(1.0, job.sequence_length, options.round_to, options.min_heads, options.min_neurons)
-        require_bytes(shapes, config, limits, options.target_ratio, folder_bytes(location))
-    run_job(job, options, seconds, compress_once)
+        dense = folder_bytes(location)
+        require_bytes(shapes, config, limits, options.target_ratio, dense)
+        if options.dry_run:
+            job.say(
+                f"target ratio {options.target_ratio:g}: at most {options.target_ratio * dense / 1e6:,.2f} of "
+                f"{dense / 1e6:,.2f} MB; what is pruned, and to how many bits, is found by measuring"
+            )
+    run_job(job, replace(options, method=SHRINK), seconds, compress_once)
 
 
 def compress_once(session: Session, budget: Budget) -> Run:
@@ -70,7 +76,6 @@ def compress_once(session: Session, budget: Budget) -> Run:
     return session.run(
         budget,
         seconds,
-        method=SHRINK,
         mu=1.0 if plan is None else plan.ratio,
         dense=replace(session.dense, latency_ms=latency.get("dense", {})),
         pruned=None if pruned is None else replace(pruned, latency_ms=latency.get("pruned", {})),
