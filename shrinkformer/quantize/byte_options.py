@@ -58,12 +58,17 @@ class ByteOptions:
         self.parts += [Part(names=names) for names in costs.outside]
         self._coarse = self._measure()
 
-    def of(self, part: Part) -> Iterator[Option[Choice]]:
-        """All choices for a part that a file can hold."""
+    def of(self, part: Part, stress: float = 1.0) -> Iterator[Option[Choice]]:
+        """All choices for a part that a file can hold.
+
+        Args:
+            part: The part.
+            stress: How many times the damage of missing units counts, beside that of fewer bits.
+        """
         for units in self.grid(part):
             for bits in product(BITS, (FLOAT,) if part.names else BITS):
                 choice = Choice(units, (bits[0], bits[1]))
-                cost, damage = self.cost(part, choice), self._expected(part, choice)
+                cost, damage = self.cost(part, choice), self._expected(part, choice, stress)
                 if cost is not None and math.isfinite(damage):
                     yield Option(cost, damage, choice)
 
@@ -139,13 +144,14 @@ class ByteOptions:
         units = untouched(self._levels[part.index].view)[part.sublayer].units
         return Choice(units, (bits, FLOAT) if place == 0 else (FLOAT, bits))
 
-    def _expected(self, part: Part, choice: Choice) -> float:
+    def _expected(self, part: Part, choice: Choice, stress: float) -> float:
         """Sum of what was measured alone; what is not there cannot be wrong."""
         if part.names:
             return self._of_bits(part, 0, choice.bits[0])
         curve = self._curves[part.index][HEADS if part.sublayer == ATTENTION else NEURONS]
         share = choice.units / curve.full
-        return curve.at(choice.units) + share * sum(self._of_bits(part, place, choice.bits[place]) for place in (0, 1))
+        coarser = sum(self._of_bits(part, place, choice.bits[place]) for place in (0, 1))
+        return stress * curve.at(choice.units) + share * coarser
 
     def _of_bits(self, part: Part, place: int, bits: int) -> float:
         if bits == FLOAT:

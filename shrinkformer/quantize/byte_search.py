@@ -21,6 +21,7 @@ from shrinkformer.quantize.drafts import Choice
 from shrinkformer.utils.parallel import ALONE, Workers
 
 _CAUTION = (0.0, 0.004, 0.012, 0.03, 0.06)  # of the damage: what a change must promise, the more after failed attempts
+_STRESSES = (1.0, 2.0, 0.5, 4.0)
 _GAIN = 5e-4  # of the damage: improvements below it are noise
 _STEP, _SMALLEST_STEP = 0.25, 0.03
 
@@ -80,20 +81,35 @@ class ByteSearch:
             BudgetError: Nothing is small enough.
         """
         self._end = perf_counter() + self._seconds
-        groups = [frontier(list(self.options.of(part))) for part in self.options.parts]
-        least = self.options.total({}) + sum(int(group[0].cost) for group in groups)
+        least = self.options.total({})
+        least += sum(min(int(one.cost) for one in self.options.of(part)) for part in self.options.parts)
         if least > allowed:
             raise BudgetError(
                 f"--target_ratio: {allowed:,} bytes are fewer than the {least:,} of the smallest model; raise it, or "
                 "lower --min_heads, --min_neurons or --round_to."
             )
-        chosen, expected = choose(groups, allowed - self.options.total({}))
-        self._say(f"first plan: expected divergence {expected:.5f}")
-        draft = self._drafted(dict(zip(self.options.parts, chosen, strict=True)))
-        self._say(f"as drafted: divergence {draft.damage:.5f}")
-        draft = self._improved(draft, allowed - self.options.total({}))
+        spare = allowed - self.options.total({})
+        draft = self._improved(self._first(spare), spare)
         self.options.leave()
         return Mixture(draft.state, draft.damage, self.options.total(draft.state))
+
+    def _first(self, allowed: int) -> _Draft:
+        """The best of the plans that sums promise, missing units counting more or less beside fewer bits.
+
+        Sums say too little where much is taken away, and not in the same degree of both.
+        """
+        best: _Draft | None = None
+        for stress in _STRESSES:
+            if best is not None and self._late():
+                break
+            groups = [frontier(list(self.options.of(part, stress))) for part in self.options.parts]
+            chosen, expected = choose(groups, allowed)
+            draft = self._drafted(dict(zip(self.options.parts, chosen, strict=True)))
+            self._say(f"plan of sums: divergence {draft.damage:.5f}, {expected:.5f} were expected")
+            if best is None or draft.damage < best.damage:
+                best = draft
+        assert best is not None
+        return best
 
     def _drafted(self, state: State) -> _Draft:
         blocks = self.options.build(state)
