@@ -3,8 +3,9 @@ r"""Sizes and bits chosen for a number of bytes, against every pair of mu and bi
 python -m benchmarks.target_ratio --model_name ../shared/models/minilm-qqp --task_name qqp --data_dir ../shared/data
 python -m benchmarks.target_ratio --model_name opt-mini --data_dir ../shared/data
 
-A pair quantizes everything, embeddings and head included, to its bits, and prunes (method shrink) to the largest mu
-whose file is small enough. Both sides search for as long, and write embeddings that are the head as well only once.
+A pair quantizes all blocks, embeddings and head to its bits, with position embeddings and without, and prunes (method
+shrink) to the largest mu whose file is small enough. Both sides search for as long, and write embeddings that are the
+head as well only once.
 Prints a Markdown table of the divergence from the dense model on the evaluation set and of the bytes on disk, and
 appends one JSON line for each run to --output.
 """
@@ -40,16 +41,17 @@ from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.result import Pruned
 from shrinkformer.prune.search import Search
 from shrinkformer.prune.shrink import ShrinkConfig
-from shrinkformer.prune.sites import OUTSIDE
+from shrinkformer.prune.sites import OUTSIDE, POSITIONS
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.quantize.byte_budget import Compressor, learn_bytes
 from shrinkformer.quantize.byte_costs import ATTENTION, FLOAT
 from shrinkformer.quantize.checkpoint import save
 from shrinkformer.quantize.config import QuantizeConfig, Quantized
 from shrinkformer.quantize.drafts import Choice
+from shrinkformer.quantize.outside import outside_layers
 from shrinkformer.quantize.quantizer import quantize_
 
-CHOSEN = "target_ratio"
+CHOSEN, WITH_POSITIONS = "target_ratio", ", positions too"
 
 _HALVINGS, _LESS = 8, 0.98
 
@@ -105,8 +107,8 @@ def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
     def key(point: str, ratio: float) -> Record:
         return {**common(options), "ratio": ratio, "point": point, "seed": seed}
 
-    points = [CHOSEN, *(f"{bits} bits" for bits in options.bits)]
-    missing = [(name, ratio) for ratio in options.ratios for name in points if not results.has(key(name, ratio))]
+    names = points(options)
+    missing = [(name, ratio) for ratio in options.ratios for name in names if not results.has(key(name, ratio))]
     if not missing:
         return
     case = (read_encoder if options.task_name else read_decoder)(options, seed)
@@ -126,7 +128,7 @@ def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
                 made = compressor.carry_out(compressor.plan(allowed))
                 model, found, pruned = made.model, made.quantized, made.pruned
             else:
-                model, found, pruned = by_hand(compressor, int(name.split()[0]), allowed, options.search_seconds)
+                model, found, pruned = by_hand(compressor, name, allowed, options.search_seconds)
         except BudgetError as error:
             results.add(key(name, ratio), {"kl": float("inf"), "bytes": 0, "mu": 0.0, "why": str(error)})
             continue
@@ -137,8 +139,13 @@ def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
         results.add(key(name, ratio), {"bytes": size, "mu": mu, "seconds": round(seconds), **case.judge(model)})
 
 
+def points(options: argparse.Namespace) -> list[str]:
+    """Names of what is compared."""
+    return [CHOSEN, *(f"{bits} bits{more}" for bits in options.bits for more in ("", WITH_POSITIONS))]
+
+
 def by_hand(
-    compressor: Compressor, bits: int, allowed: int, seconds: float
+    compressor: Compressor, point: str, allowed: int, seconds: float
 ) -> tuple[PreTrainedModel, Quantized, Pruned | None]:
     """The largest model that fits with everything in so many bits.
 
@@ -146,7 +153,10 @@ def by_hand(
         BudgetError: There is none.
     """
     shrinker, limits = compressor.shrinker, compressor.limits
-    options = compressor.search.options
+    options, bits = compressor.search.options, int(point.split(maxsplit=1)[0])
+    also = tuple(kind for kind in OUTSIDE if kind != POSITIONS or point.endswith(WITH_POSITIONS))
+    outside = {name for kind in also for name in outside_layers(shrinker.model, kind)}
+    also = tuple(kind for kind in also if outside_layers(shrinker.model, kind))
 
     def sizes_of(mu: float, seconds: float) -> list[LayerSize]:
         costs = CostModel.of(layer_views(shrinker.model), replace(limits, mu=mu))
@@ -156,8 +166,7 @@ def by_hand(
         state = {}
         for part in options.parts:
             if part.names:
-                wanted = Choice(0, (bits, FLOAT))
-                state[part] = wanted if options.cost(part, wanted) is not None else Choice(0, (FLOAT, FLOAT))
+                state[part] = Choice(0, (bits if part.names[0] in outside else FLOAT, FLOAT))
             else:
                 size = sizes[part.index]
                 state[part] = Choice(size.heads if part.sublayer == ATTENTION else size.neurons, (bits, bits))
@@ -178,7 +187,7 @@ def by_hand(
             mu *= _LESS
     pruned = None if mu == 1 else shrinker.prune_to(sizes, limits.sequence_length)
     model = copy.deepcopy(shrinker.model if pruned is None else pruned.model)
-    config = replace(compressor.config, bits=bits, also=OUTSIDE)
+    config = replace(compressor.config, bits=bits, also=also)
     return model, quantize_(model, shrinker.batches, config, dense=None if mu == 1 else shrinker.model), pruned
 
 
@@ -204,7 +213,7 @@ def table(rows: Sequence[Record], options: argparse.Namespace) -> str:
     """Divergence, with its spread over seeds, share of the MACs and bytes, as Markdown."""
     lines = ["| ratio | | mu | MB | KL |", "|---|---|---|---|---|"]
     for ratio in options.ratios:
-        for name in (CHOSEN, *(f"{bits} bits" for bits in options.bits)):
+        for name in points(options):
             found = [row for row in rows if (row["ratio"], row["point"]) == (ratio, name)]
             if not found:
                 continue

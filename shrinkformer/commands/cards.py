@@ -1,7 +1,7 @@
 """Model cards, README.md of what was saved."""
 
 from shrinkformer.prune.plan import Plan
-from shrinkformer.prune.sites import EMBEDDINGS
+from shrinkformer.prune.sites import EMBEDDINGS, POSITIONS
 from shrinkformer.quantize.config import Quantized
 
 
@@ -51,7 +51,7 @@ def quantized_card(title: str, found: Quantized, plan: Plan | None, source: str,
     else:
         loading = "import shrinkformer                                # pip install shrinkformer\n"
         loading += 'model = shrinkformer.load("path/to/this/folder")\n\n'
-        if config.bits_of is not None and EMBEDDINGS in config.also:
+        if config.bits_of is not None and {EMBEDDINGS, POSITIONS} & set(config.also):
             loading += "# no other reader takes embeddings as integers together with several numbers of bits"
         else:
             loading += "# or without it, with the Auto class of the task:\n"

@@ -12,7 +12,7 @@ from shrinkformer.prune.curves import sized
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.shrink import ShrinkConfig, Shrinker, learn
-from shrinkformer.prune.sites import EMBEDDINGS, HEAD
+from shrinkformer.prune.sites import OUTSIDE
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.quantize.byte_costs import (
     ATTENTION,
@@ -97,9 +97,7 @@ class Compressor:
                 }
             bits_of |= {name: bits for names, bits in named.items() for name in names if bits != FLOAT}
         model = self.shrinker.model
-        also = tuple(
-            kind for kind in (EMBEDDINGS, HEAD) if any(name in bits_of for name in outside_layers(model, kind))
-        )
+        also = tuple(kind for kind in OUTSIDE if any(name in bits_of for name in outside_layers(model, kind)))
         return replace(self.config, bits_of=bits_of, also=also)
 
     def carry_out(self, mixture: Mixture) -> Compressed:

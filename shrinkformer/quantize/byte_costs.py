@@ -16,7 +16,7 @@ from shrinkformer.architectures import LayerView, layer_views
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.errors import InputError
 from shrinkformer.prune.budget import layer_sizes
-from shrinkformer.prune.sites import EMBEDDINGS, HEAD, Site, block_sites
+from shrinkformer.prune.sites import EMBEDDINGS, HEAD, POSITIONS, Site, block_sites
 from shrinkformer.prune.streamed import block_prefix, tied_weights
 from shrinkformer.quantize.compressed_tensors import shapes
 from shrinkformer.quantize.config import QuantizeConfig
@@ -78,7 +78,7 @@ class ByteCosts:
             twins = [head for head in heads if self._model.get_submodule(head).weight is matrix]
             found.append((name, *twins))
             heads = [head for head in heads if head not in twins]
-        return found + [(name,) for name in heads]
+        return found + [(name,) for name in (*outside_layers(self._model, POSITIONS), *heads)]
 
     def sites(self, sublayer: str) -> Sequence[Site]:
         """The layers that make heads or neurons, and the one that consumes them."""

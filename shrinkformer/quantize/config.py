@@ -24,7 +24,7 @@ class QuantizeConfig:
         symmetric: Store no zero points.
         quantizer: Name of a recipe: ``shrink``, ``gptq`` (as published) or ``rtn`` (round to nearest).
         layers: ``all`` linear layers of the blocks, or those of ``attention`` or ``ffn`` only.
-        also: What is quantized beside the blocks: ``embeddings``, ``head``, or both.
+        also: What is quantized beside the blocks: ``embeddings``, ``head``, ``positions``.
         scale_dtype: In which scales are stored.
         bits_of: Bits by full path of the layer, in place of ``bits``; layers that are not named stay as they are.
 

@@ -18,13 +18,13 @@ from shrinkformer.prune.fisher import TOKENS, enough
 from shrinkformer.prune.levels import BlockLevels
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.shrink import Shrinker
-from shrinkformer.prune.sites import Site
+from shrinkformer.prune.sites import HEAD, Site
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.quantize.byte_costs import ATTENTION, FEED_FORWARD, FLOAT, SUBLAYERS, ByteCosts, scheme_for
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.layer import quantize_weights
-from shrinkformer.quantize.outside import Outside
+from shrinkformer.quantize.outside import Outside, outside_layers
 from shrinkformer.quantize.recipe import Recipe
 from shrinkformer.quantize.solver import Hessian
 
@@ -70,7 +70,7 @@ class Drafts:
         self._model, self._levels, self._config = model, shrinker.levels, config
         self._sites: dict[str, Sequence[Site]] = {name: costs.sites(name) for name in SUBLAYERS}
         self._inputs = _inputs_of_makers(model, self._sites, workers.share(batches))
-        heads = [names[-1] for names in costs.outside if names != (self._embeddings,)]
+        heads = [names[-1] for names in costs.outside if names[-1] in outside_layers(model, HEAD)]
         self._given = Outside(model, batches, config, workers).inputs(heads) if heads else {}
         self._made: dict[tuple[object, ...], list[_Layer]] = {}
         self._matrices: dict[tuple[str, int], Tensor] = {}
@@ -164,10 +164,10 @@ class Drafts:
         key = names[0], bits
         if key not in self._matrices:
             weight = self._weight(names)
-            embeds, hessian = names[0] == self._embeddings, None
-            if not embeds or len(names) > 1:
+            hessian = None
+            if names[-1] in self._given:  # a layer of the head; others look rows up, and every row counts for itself
                 second = self._given[names[-1]]
-                if embeds:
+                if len(names) > 1:
                     second = second / second.diagonal().mean().clamp(min=1e-30)
                     second.diagonal().add_(1.0)
                 hessian = Hessian.of(second, damping=_QUICK.damping)
@@ -183,12 +183,6 @@ class Drafts:
         weight = self._model.get_submodule(names[0]).weight
         assert isinstance(weight, Tensor)
         return weight
-
-    @property
-    def _embeddings(self) -> str:
-        embeddings = self._model.get_input_embeddings()
-        names: dict[nn.Module, str] = {module: name for name, module in self._model.named_modules()}
-        return names[embeddings]
 
 
 def _put(linear: Projection, layer: _Layer, rows: Tensor | None = None) -> None:
