@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shrinkformer
-from shrinkformer.commands.options import parse_options
+from shrinkformer.commands.flags import parse_options
 from shrinkformer.commands.quantize_options import DecoderQuantizeOptions, EncoderQuantizeOptions
 from shrinkformer.dataset.tasks import TASKS
 from shrinkformer.prune.methods import METHOD_NAMES

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.errors import InputError
 from shrinkformer.prune.streamed import tied_weights
 from shrinkformer.quantize.checkpoint import load, save
@@ -52,6 +53,32 @@ def test_a_matrix_with_two_uses_is_solved_once_and_written_twice(tmp_path: Path)
     assert torch.equal(again(input_ids=IDS)[0], model(input_ids=IDS)[0])
 
 
+def test_a_matrix_with_two_uses_is_written_once_for_ourselves(tmp_path: Path) -> None:
+    model = build_model("opt")
+    found = quantize_(model, BATCHES, QuantizeConfig(4, 16, also=BOTH, scale_dtype=torch.float32))
+    folders = [
+        save(model, found.weights, tmp_path / str(once), dtype=torch.float32, tied_once=once) for once in (False, True)
+    ]
+    assert folder_bytes(folders[1]) < folder_bytes(folders[0])
+    again = load(folders[1])
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    assert torch.equal(again(input_ids=IDS)[0], model(input_ids=IDS)[0])
+
+
+@pytest.mark.parametrize("family", ["bert", "opt", "gpt2"])
+def test_positions_by_choice(family: str, tmp_path: Path) -> None:
+    model = build_model(family)
+    found = quantize_(model, BATCHES, QuantizeConfig(8, 16, also=("positions",), scale_dtype=torch.float32))
+    names = [report.name for report in found.layers if report.layer is None]
+    assert {name.rpartition(".")[2] for name in names} <= {
+        "position_embeddings", "token_type_embeddings", "embed_positions", "wpe"
+    }  # fmt: skip
+    assert names
+    kind = "float" if family == "gpt2" else "compressed-tensors"
+    again = load(save(model, found.weights, tmp_path / "saved", format=kind, dtype=torch.float32))
+    assert torch.equal(again(input_ids=IDS)[0], model(input_ids=IDS)[0])
+
+
 def test_a_head_is_solved_for_what_reaches_it() -> None:
     """Look-ahead lowers the error of the logits; nearest codes lower that of the weight."""
     dense = build_model("llama")
@@ -94,8 +121,13 @@ def test_a_model_without_head_is_refused() -> None:
         require_outside(build_model("opt").model, QuantizeConfig(4, 16, also=("head",)))
 
 
+def test_a_model_without_positions_is_refused() -> None:
+    with pytest.raises(InputError, match="--also positions: LlamaForCausalLM has no position embeddings"):
+        require_outside(build_model("llama"), QuantizeConfig(4, 16, also=("positions",)))
+
+
 def test_an_unknown_place_is_refused() -> None:
-    with pytest.raises(InputError, match=r"--also 'tail': choose among embeddings, head"):
+    with pytest.raises(InputError, match=r"--also 'tail': choose among embeddings, head, positions"):
         QuantizeConfig(4, 16, also=("tail",))
 
 

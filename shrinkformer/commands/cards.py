@@ -1,6 +1,7 @@
 """Model cards, README.md of what was saved."""
 
 from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.sites import EMBEDDINGS, POSITIONS
 from shrinkformer.quantize.config import Quantized
 
 
@@ -50,15 +51,18 @@ def quantized_card(title: str, found: Quantized, plan: Plan | None, source: str,
     else:
         loading = "import shrinkformer                                # pip install shrinkformer\n"
         loading += 'model = shrinkformer.load("path/to/this/folder")\n\n'
-        loading += "# or without it, with the Auto class of the task:\n"
-        loading += "# model = AutoModelFor..." + _LOADING[kind].format(trust=trust)
+        if config.bits_of is not None and {EMBEDDINGS, POSITIONS} & set(config.also):
+            loading += "# no other reader takes embeddings as integers together with several numbers of bits"
+        else:
+            loading += "# or without it, with the Auto class of the task:\n"
+            loading += "# model = AutoModelFor..." + _LOADING[kind].format(trust=trust)
     return f"""---
 library_name: transformers
 tags: [shrinkformer, quantized]
 ---
 # {title}
 
-`{source}`, quantized by shrinkformer to {config.bits} bits without retraining{pruned}: {config.storage}, layers
+`{source}`, quantized by shrinkformer to {config.amount} without retraining{pruned}: {config.storage}, layers
 `{config.layers}`, quantizer `{config.quantizer}`, format `{kind}`.
 
 ```python

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from shrinkformer.commands.console import run_command
-from shrinkformer.commands.options import DecoderOptions, EvaluationOptions, parse_options
+from shrinkformer.commands.flags import parse_options
+from shrinkformer.commands.options import DecoderOptions, EvaluationOptions
 from shrinkformer.commands.prune_opt import run_decoder
 
 PROG = "opt_eval.py"

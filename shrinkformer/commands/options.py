@@ -1,11 +1,10 @@
 """Command-line options as validated data."""
 
-import argparse
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,6 +32,8 @@ class PruneOptions:
     Raises:
         InputError: A value is out of its range, or a file or folder is not there.
     """
+
+    excludes: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # flags that cannot stand beside one, and why
 
     model_name: str = option("", "checkpoint: models/<name>/<task>, a folder, a bundled model, or a name on the hub")
     mu: tuple[float, ...] = option(
@@ -235,75 +236,3 @@ def resolve_device(name: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s); use cpu.")
     return name
-
-
-Options = TypeVar("Options", bound=PruneOptions)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message.removeprefix("argument ") + f" (see {self.prog} --help)")
-
-
-def parse_options(
-    kind: type[Options],
-    arguments: Sequence[str] | None,
-    *,
-    prog: str,
-    description: str,
-    only: Iterable[str] | None = None,
-    **fixed: Any,
-) -> Options:
-    """Options from command-line arguments.
-
-    Args:
-        kind: Which options.
-        arguments: Of the command line; the process's own by default.
-        prog: Name of the command.
-        description: What it does, for ``--help``.
-        only: The fields that are flags of this command; all by default.
-        **fixed: Values of fields that are no flags.
-
-    Raises:
-        InputError: An argument is not known or has a wrong value.
-    """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    for entry in fields(kind):
-        if only is None or entry.name in only:
-            _add_flag(parser, entry)
-    values = vars(parser.parse_args(arguments)) | fixed
-    for name in ("mu", "lm_eval", "format"):
-        if name in values:
-            values[name] = tuple(dict.fromkeys(values[name]))
-    return kind(**values)
-
-
-def _add_flag(parser: argparse.ArgumentParser, entry: "Field[Any]") -> None:
-    extra = dict(entry.metadata)
-    help_text = extra.pop("help")
-    assert entry.default is not MISSING
-    if entry.type is bool:
-        parser.add_argument(f"--{entry.name}", action="store_true", help=help_text)
-        return
-    shown = " ".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
-    if "default:" not in help_text and entry.default is not None:
-        help_text += f" (default: {shown})"
-    parser.add_argument(
-        f"--{entry.name}", type=_VALUE_TYPES[str(entry.type)], default=entry.default, help=help_text, **extra
-    )
-
-
-_VALUE_TYPES: dict[str, Any] = {
-    str(str): str,
-    str(int): int,
-    str(int | None): int,
-    str(tuple[str, ...]): str,
-    str(tuple[float, ...]): float,
-    str(tuple[int, ...]): int,
-    str(float): float,
-    str(float | None): float,
-    str(Path): Path,
-    str(Path | None): Path,
-}

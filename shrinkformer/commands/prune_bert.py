@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from shrinkformer.commands.console import run_command
+from shrinkformer.commands.flags import parse_options
 from shrinkformer.commands.locate import Source, find_model, load_tokenizer, max_positions, model_class
-from shrinkformer.commands.options import EncoderOptions, parse_options, resolve_device
+from shrinkformer.commands.options import EncoderOptions, resolve_device
 from shrinkformer.commands.pruning import run_pruning
 from shrinkformer.commands.session import Job, show_progress
 from shrinkformer.dataset.calibration import sample_calibration

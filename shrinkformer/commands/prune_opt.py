@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.commands.console import run_command
+from shrinkformer.commands.flags import parse_options
 from shrinkformer.commands.locate import Source, find_decoder, load_tokenizer, max_positions, model_class
-from shrinkformer.commands.options import BUNDLED_DECODER, DTYPES, DecoderOptions, parse_options, resolve_device
+from shrinkformer.commands.options import BUNDLED_DECODER, DTYPES, DecoderOptions, resolve_device
 from shrinkformer.commands.pruning import run_pruning
 from shrinkformer.commands.session import Evaluate, Job, show_progress
 from shrinkformer.dataset.corpora import (

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from shrinkformer.commands.console import run_command
-from shrinkformer.commands.options import parse_options
+from shrinkformer.commands.flags import parse_options
 from shrinkformer.commands.prune_opt import run_decoder
 from shrinkformer.commands.quantize_options import DecoderQuantizeOptions
 from shrinkformer.commands.quantizing import run_quantizing
+from shrinkformer.commands.target_ratio import run_target_ratio
 
 PROG = "quantize_opt.py"
 
@@ -19,7 +20,7 @@ def quantize_command(arguments: Sequence[str] | None) -> None:
         prog=PROG,
         description="Quantize a language model, alone or after pruning it, evaluate and save it.",
     )
-    run_decoder(options, run_quantizing)
+    run_decoder(options, run_quantizing if options.target_ratio is None else run_target_ratio)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

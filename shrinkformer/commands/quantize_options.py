@@ -1,6 +1,8 @@
 """Options of the quantizing commands."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -12,12 +14,35 @@ from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, RECIPES
 from shrinkformer.quantize.scheme import BITS
 
+_UNMIXED = {
+    "gptq": "holds one number of bits for all layers",
+    "float": "stores no integers, which would be fewer bytes",
+    "onnx": "holds 4 and 8 bits only, and no embeddings",
+}
+"""Why formats cannot meet a number of bytes."""
+
 
 @dataclass(frozen=True)
 class QuantizeFlags:
     """What ``quantize_bert.py`` and ``quantize_opt.py`` have beside the options of pruning."""
 
+    excludes: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "target_ratio": {
+            "mu": "chooses how much of every block stays",
+            "bits": "chooses the bits of every layer",
+            "layers": "chooses which layers are quantized",
+            "also": "chooses whether embeddings and head are quantized",
+            "method": "prunes by method shrink",
+            "resume": "begins with a search that cannot be taken up",
+        }
+    }
+
     mu: tuple[float, ...] = option((1.0,), "fraction of MACs that stays; 1 prunes nothing", nargs="+")
+    target_ratio: float | None = option(
+        None,
+        "fraction of the dense checkpoint's bytes that may stay: chooses the sizes of the blocks and the bits of every "
+        "layer, embeddings included, in place of --mu and --bits (default: as they say)",
+    )
     bits: int = option(4, f"bits of a weight: {', '.join(map(str, BITS))}")
     group_size: int = option(128, "neighbouring inputs that share a scale; -1 for one scale per output")
     quantizer: str = option(DEFAULT_QUANTIZER, f"how codes are found: {', '.join(RECIPES)}")
@@ -41,6 +66,20 @@ class QuantizeFlags:
                 raise InputError(f"--format {name!r}: choose among {', '.join(ALL_FORMATS)}.")
         if self.bits == 1 and set(self.format) != {"float"}:
             raise InputError("--bits 1: no packed format holds one bit; add --format float.")
+        if self.target_ratio is not None:
+            self._check_target(self.target_ratio)
+
+    def _check_target(self, ratio: float) -> None:
+        flag = f"--target_ratio {ratio:g}"
+        if not 0 < ratio < 1:
+            raise InputError(f"{flag}: must be between 0 and 1; it is the fraction of bytes that stays.")
+        for name in self.format:
+            if name != DEFAULT_FORMAT:
+                raise InputError(f"{flag}: --format {name} {_UNMIXED[name]}; use --format {DEFAULT_FORMAT}.")
+        if self.asymmetric:
+            raise InputError(
+                f"{flag}: no reader takes zero points with several numbers of bits; leave --asymmetric out."
+            )
 
     @property
     def calibrates(self) -> bool:

@@ -103,17 +103,17 @@ def _quantize_in_memory(session: Session, budget: Budget, seconds: dict[str, flo
         job.batches,
         options.quantization(job.source.dtype),
         dense=None if pruned is None else session.model,
-        progress=_progress(job),
+        progress=quantizing_progress(job),
         resources=replace(session.resources, store=None),
         store=store,
     )
     seconds |= found.seconds
     with timed(seconds, "saving"):
-        folder = _save(session, budget, model, pruned, found)
+        folder = save_formats(session, budget, model, pruned, found)
     _clear(store, job)
     with timed(seconds, "evaluation"):
         quantized = measure(session, model, replace(session.resources, store=None), folder)
-        latency = _latency(session, pruned, model)
+        latency = latency_of(session, pruned, model)
     return _Outcome(found, quantized, folder, measured, None if pruned is None else pruned.plan, latency)
 
 
@@ -142,13 +142,13 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
             pruning=pruning,
             decoded=decoded,
             tokenizer=job.tokenizer,
-            progress=_progress(job),
+            progress=quantizing_progress(job),
             store=store,
         )
         seconds |= found.seconds
         _clear(store, job)
         if job.workers.is_main:
-            (folder / "README.md").write_text(_card(job, options, found, plan, kind))
+            (folder / "README.md").write_text(_card(job, found, plan, kind))
         job.say(f"saved to {folder}")
         with timed(seconds, "evaluation"):
             saved = replace(job.source, location=str(decoded), config=AutoConfig.from_pretrained(decoded))
@@ -182,12 +182,13 @@ def _clear(store: QuantizedBlocks, job: Job) -> None:
         store.clear()
 
 
-def _progress(job: Job) -> Progress:
+def quantizing_progress(job: Job) -> Progress:
+    """A bar that one process shows."""
     return block_progress("quantizing") if job.workers.is_main else iter
 
 
-def _card(job: Job, options: QuantizeOptions, found: Quantized, plan: Plan | None, kind: str) -> str:
-    title = f"{job.source.name} for {job.task_name} in {options.bits} bits"
+def _card(job: Job, found: Quantized, plan: Plan | None, kind: str) -> str:
+    title = f"{job.source.name} for {job.task_name} in {found.config.amount}"
     return quantized_card(title, found, plan, job.source.name, kind)
 
 
@@ -199,14 +200,20 @@ def _prune(session: Session, budget: Budget, seconds: dict[str, float]) -> tuple
     result = session.calibrated.prune(budget)
     seconds |= result.seconds
     with timed(seconds, "evaluation"):
-        figures = measure(session, result.model, replace(session.resources, store=None), Path("not saved"))
-    size = figures.bytes * session.job.source.dtype.itemsize // session.job.dtype.itemsize  # as it would be saved
-    return result, replace(figures, bytes=size)
+        return result, measure_unsaved(session, result.model)
 
 
-def _save(session: Session, budget: Budget, model: PreTrainedModel, pruned: Pruned | None, found: Quantized) -> Path:
+def measure_unsaved(session: Session, model: PreTrainedModel) -> Measured:
+    """Figures of a model, with the bytes that it would have in a file."""
+    figures = measure(session, model, replace(session.resources, store=None), Path("not saved"))
+    return replace(figures, bytes=figures.bytes * session.job.source.dtype.itemsize // session.job.dtype.itemsize)
+
+
+def save_formats(
+    session: Session, budget: Budget, model: PreTrainedModel, pruned: Pruned | None, found: Quantized
+) -> Path:
     """Write every format that was asked for and read it again; the folder of the first one."""
-    job, options = session.job, _options(session)
+    job = session.job
     plan = None if pruned is None else pruned.plan
     if plan is not None:
         describe_sizes(model, plan)
@@ -223,9 +230,10 @@ def _save(session: Session, budget: Budget, model: PreTrainedModel, pruned: Prun
                 dtype=job.source.dtype,
                 plan=plan,
                 tokenizer=job.tokenizer,
-                card=_card(job, options, found, plan, kind),
+                card=_card(job, found, plan, kind),
                 extras_from=Path(job.source.location),
                 example=example,
+                tied_once=found.config.bits_of is not None,
             )
             _require_equal_outputs(job, model, folder, kind)
         job.workers.barrier()
@@ -241,7 +249,8 @@ def _round_the_rest(model: PreTrainedModel, found: Quantized, dtype: torch.dtype
 def _targets(session: Session, budget: Budget) -> Mapping[str, Path]:
     """The folder of every format."""
     job, options = session.job, _options(session)
-    name = f"w{options.bits}" + (f"g{options.group_size}" if options.group_size > 0 else "")
+    name = f"w{options.bits}" if options.target_ratio is None else f"bytes{options.target_ratio:g}"
+    name += f"g{options.group_size}" if options.group_size > 0 and options.target_ratio is None else ""
     stem = f"{job.folder}-mu{budget.mu:g}-{name}" if budget.mu < 1 else f"{job.folder}-{name}"
     base = session.target(budget, stem)
     first, *others = options.format
@@ -268,7 +277,7 @@ def _require_equal_outputs(job: Job, model: PreTrainedModel, folder: Path, kind:
     job.say(f"saved to {folder}; reloaded, it gives {same}")
 
 
-def _latency(session: Session, pruned: Pruned | None, model: PreTrainedModel) -> dict[str, dict[str, float]]:
+def latency_of(session: Session, pruned: Pruned | None, model: PreTrainedModel) -> dict[str, dict[str, float]]:
     """Of the models as they run here: with decoded weights, so quantizing alone makes nothing faster."""
     models = {"dense": session.model, "quantized": model}
     if pruned is not None:

@@ -69,6 +69,7 @@ class Run:
     peak_memory_bytes: int
     quantized: Measured | None = None
     quantization: Quantized | None = None
+    target_ratio: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that other programs read; design and README list its fields."""
@@ -80,6 +81,7 @@ class Run:
             "task_name": self.task_name,
             "method": self.method,
             "mu": self.mu,
+            **({} if self.target_ratio is None else {"target_ratio": self.target_ratio}),
             "seed": self.seed,
             "sample_batch_size": self.sample_batch_size,
             "calibration_tokens": self.calibration_tokens,
@@ -119,8 +121,9 @@ class Run:
 
     def table(self) -> str:
         """The same for people."""
+        target = "" if self.target_ratio is None else f"target ratio {self.target_ratio:g}, "
         title = (
-            f"{self.model_name} on {self.task_name}: method {self.method}, mu {self.mu:g}, seed {self.seed}, "
+            f"{self.model_name} on {self.task_name}: {target}method {self.method}, mu {self.mu:.4g}, seed {self.seed}, "
             f"{self.sample_batch_size} examples ({self.calibration_tokens:,} tokens)"
         )
         named = {"dense": self.dense, "pruned": self.pruned, "quantized": self.quantized}
@@ -174,7 +177,7 @@ def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
 def _quantized_section(figures: Measured, found: Quantized) -> dict[str, Any]:
     config = found.config
     settings = {
-        "bits": config.bits,
+        "bits": config.bits if config.bits_of is None else None,
         "group_size": config.group_size,
         "symmetric": config.symmetric,
         "quantizer": config.quantizer,
@@ -187,11 +190,11 @@ def _quantized_section(figures: Measured, found: Quantized) -> dict[str, Any]:
 def _quantized_lines(found: Quantized) -> list[str]:
     config = found.config
     lines = [
-        f"  {config.bits} bits, {config.storage}, by {config.quantizer}; relative error of each layer's output",
-        f"  {'layer':>5}  {'name':32}{'error':>9}{'nearest':>9}{'damping':>9}{'trust':>12}{'seconds':>9}",
+        f"  {config.amount}, {config.storage}, by {config.quantizer}; relative error of each layer's output",
+        f"  {'layer':>5}  {'name':32}{'bits':>5}{'error':>9}{'nearest':>9}{'damping':>9}{'trust':>12}{'seconds':>9}",
     ]
     return lines + [
-        f"  {'' if row.layer is None else row.layer:>5}  {row.name:32}"
+        f"  {'' if row.layer is None else row.layer:>5}  {row.name:32}{row.bits:>5}"
         f"{row.error:>9.4f}{row.nearest_error:>9.4f}{row.damping:>9.0e}"
         f"{' '.join(f'{share:.2f}' for share in row.trust):>12}{row.seconds:>9.2f}"
         for row in found.layers

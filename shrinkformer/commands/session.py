@@ -138,7 +138,7 @@ class Session:
             task_name=job.task_name,
             model_name=job.source.name,
             method=options.method,
-            mu=budget.mu,
+            mu=found.pop("mu", budget.mu),
             seed=options.seed,
             sample_batch_size=options.sample_batch_size,
             calibration_tokens=count_tokens(job.batches),

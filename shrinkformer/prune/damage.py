@@ -41,13 +41,11 @@ class Damage:
     def __init__(
         self, model: PreTrainedModel, batches: Batches, workers: Workers = ALONE, tokens: int = TOKENS
     ) -> None:
-        self._workers, self._device = workers, model.device
+        self._model, self._workers, self._device = model, workers, model.device
         if model.can_generate():  # every token is a prediction, and a long one
             tokens = min(tokens // 2, int(_KEPT_NUMBERS / model.config.vocab_size))
-        share = workers.share(spread(batches, max(1, tokens)))
-        with torch.no_grad(), half_precision(self._device):
-            self._stream = BlockStream(model, share)
-            self._entrances = [[self._stream.hidden(index) for index in range(len(self._stream))]]
+        self._share = workers.share(spread(batches, max(1, tokens)))
+        self.start()
         blocks = [view.block for view in layer_views(model)]
         self.enter(blocks)
         with torch.no_grad():
@@ -55,6 +53,13 @@ class Damage:
         rows = sum(len(dense.parts[0]) for dense in self._dense)
         self._rows = torch.tensor(rows, dtype=torch.float64, device=self._device)
         workers.sum_(self._rows)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Let the examples enter the model anew, after a change before its blocks; blocks have to be entered next."""
+        with half_precision(self._device):
+            self._stream = BlockStream(self._model, self._share)
+            self._entrances = [[self._stream.hidden(index) for index in range(len(self._stream))]]
 
     @torch.no_grad()
     def enter(self, blocks: Sequence[nn.Module]) -> None:

@@ -23,7 +23,7 @@ from shrinkformer.prune.ranked import Ranked, rank_units
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.samples import hold_out
-from shrinkformer.prune.search import Found, Search
+from shrinkformer.prune.search import Search
 from shrinkformer.prune.sensitivity import Sensitivity, learn_sensitivity
 from shrinkformer.prune.sequential import RefitErrors, refit_blocks
 from shrinkformer.prune.statistics import Batches, Progress, stream_statistics
@@ -111,7 +111,7 @@ class Shrinker:
             )
             found = search.run()
         with timed(seconds, "refit"):
-            ours = self._refitted(costs, found, self.batches)
+            ours = self._refitted(costs, found.sizes, self.batches)
         with timed(seconds, "safety"):
             candidates = [ours] if self.latency else [ours, self.rival.prune(budget)]
             divergences = {made.plan.method: self.judge.of(made.model) for made in candidates}
@@ -120,8 +120,27 @@ class Shrinker:
         best = min(candidates, key=lambda made: divergences[made.plan.method])
         if best is ours and self.aside is not self.batches:  # they have judged, now they help
             with timed(seconds, "refit"):
-                best = self._refitted(costs, found, [*self.batches, *self.aside])
+                best = self._refitted(costs, found.sizes, self._everything)
         return Pruned(best.model, replace(best.plan, divergences=divergences), seconds)
+
+    def prune_to(self, sizes: Sequence[LayerSize], sequence_length: float) -> Pruned:
+        """A smaller copy of the model, in memory, with blocks of given sizes.
+
+        Args:
+            sizes: Of each block.
+            sequence_length: Length in tokens at which MACs are counted, for the plan.
+        """
+        costs = CostModel.of(layer_views(self.model), Budget(1.0, sequence_length))
+        mu = model_macs(sizes, costs.hidden_size, sequence_length) / costs.dense
+        seconds: dict[str, float] = {}
+        with timed(seconds, "refit"):
+            costs = replace(costs, budget=Budget(mu, sequence_length))
+            pruned = self._refitted(costs, sizes, self._everything)
+        return Pruned(pruned.model, pruned.plan, seconds)
+
+    @property
+    def _everything(self) -> Batches:
+        return self.batches if self.aside is self.batches else [*self.batches, *self.aside]
 
     def _costs(self, budget: Budget) -> CostModel:
         costs = CostModel.of(layer_views(self.model), budget)
@@ -129,9 +148,9 @@ class Shrinker:
             return costs
         return LatencyCosts(costs.layers, costs.hidden_size, budget, costs.pre_norm, table=self.latency)
 
-    def _refitted(self, costs: CostModel, found: Found, batches: Batches) -> Pruned:
+    def _refitted(self, costs: CostModel, sizes: Sequence[LayerSize], batches: Batches) -> Pruned:
         """A model of these sizes, fitted to some examples."""
-        model = self._assembled(found.sizes)
+        model = self._assembled(sizes)
         errors = refit_blocks(
             self.model,
             layer_views(model),
@@ -140,7 +159,7 @@ class Shrinker:
             workers=self.resources.workers,
             progress=self.progress,
         )
-        plan = self._plan(costs, found, errors)
+        plan = self._plan(costs, sizes, errors)
         describe_sizes(model, plan)
         return Pruned(model, plan, {})
 
@@ -150,9 +169,9 @@ class Shrinker:
         blocks = [level.build(size, config).block for level, size in zip(self.levels, sizes, strict=True)]
         return with_blocks(self.model, blocks, config)
 
-    def _plan(self, costs: CostModel, found: Found, errors: Sequence[RefitErrors]) -> Plan:
+    def _plan(self, costs: CostModel, sizes: Sequence[LayerSize], errors: Sequence[RefitErrors]) -> Plan:
         layers = []
-        for level, size, error in zip(self.levels, found.sizes, errors, strict=True):
+        for level, size, error in zip(self.levels, sizes, errors, strict=True):
             narrow = (size.query_width, size.value_width) != (level.size.query_width, level.size.value_width)
             layers.append(
                 LayerPlan(
@@ -170,7 +189,7 @@ class Shrinker:
             seed=self.seed,
             sequence_length=costs.budget.sequence_length,
             dense_macs=model_macs(costs.layers, costs.hidden_size, costs.budget.sequence_length),
-            macs=model_macs(found.sizes, costs.hidden_size, costs.budget.sequence_length),
+            macs=model_macs(sizes, costs.hidden_size, costs.budget.sequence_length),
             layers=tuple(layers),
             budget="macs" if self.latency is None else "latency",
         )

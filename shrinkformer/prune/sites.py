@@ -7,7 +7,7 @@ from shrinkformer.errors import InputError
 
 SCOPES = ("attention", "ffn", "all")
 
-EMBEDDINGS, HEAD = OUTSIDE = ("embeddings", "head")
+EMBEDDINGS, HEAD, POSITIONS = OUTSIDE = ("embeddings", "head", "positions")
 
 
 @dataclass(frozen=True)

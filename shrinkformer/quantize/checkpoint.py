@@ -46,6 +46,7 @@ def save(
     card: str | None = None,
     extras_from: Path | None = None,
     example: Mapping[str, Tensor] | None = None,
+    tied_once: bool = False,
 ) -> Path:
     """Write a quantized model as a folder that others open; all of it appears, or nothing.
 
@@ -60,12 +61,17 @@ def save(
         card: Text of the model card, README.md.
         extras_from: Folder of the dense model; what other libraries need from it (pooling) is copied.
         example: Model inputs to check an ONNX file with.
+        tied_once: Write integers of a matrix with two uses under one of its names, which :func:`load` takes and other
+            readers do not.
 
     Raises:
         InputError: The format cannot hold what was asked for.
         CheckpointError: The folder exists and holds something else.
     """
     require_format(model, format, weights)
+    if tied_once:
+        tied = {name.removesuffix(".weight") for name in tied_weights(model)}
+        weights = {name: weight for name, weight in weights.items() if name not in tied}
     with checkpoint.replacing(Path(directory)) as folder:
         if format == ONNX:
             if example is None:

@@ -48,6 +48,21 @@ def _tensors(name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str
     return written
 
 
+def shapes(
+    name: str, outputs: int, inputs: int, scheme: Scheme, dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of what is written for a weight, without the weight."""
+    groups = scheme.groups(inputs)
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"{name}.weight_packed": (torch.int32, (outputs, words(inputs, scheme.bits))),
+        f"{name}.weight_scale": (dtype, (outputs, groups)),
+        f"{name}.weight_shape": (torch.int64, (2,)),
+    }
+    if not scheme.symmetric:
+        found[f"{name}.weight_zero_point"] = (torch.int32, (words(outputs, scheme.bits), groups))
+    return found
+
+
 def _config(weights: Mapping[str, Scheme], ignored: Sequence[str]) -> dict[str, Any]:
     by_scheme: dict[Scheme, list[str]] = {}
     for target, scheme in _targets(weights, ignored).items():

@@ -1,6 +1,7 @@
 """What is asked of a quantizer, and what it reports."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,8 +24,9 @@ class QuantizeConfig:
         symmetric: Store no zero points.
         quantizer: Name of a recipe: ``shrink``, ``gptq`` (as published) or ``rtn`` (round to nearest).
         layers: ``all`` linear layers of the blocks, or those of ``attention`` or ``ffn`` only.
-        also: What is quantized beside the blocks: ``embeddings``, ``head``, or both.
+        also: What is quantized beside the blocks: ``embeddings``, ``head``, ``positions``.
         scale_dtype: In which scales are stored.
+        bits_of: Bits by full path of the layer, in place of ``bits``; layers that are not named stay as they are.
 
     Raises:
         InputError: A value is out of its range.
@@ -37,9 +39,10 @@ class QuantizeConfig:
     layers: str = "all"
     also: tuple[str, ...] = ()
     scale_dtype: torch.dtype = torch.float16
+    bits_of: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
-        _ = self.scheme, self.recipe
+        _ = self.scheme, self.recipe, *(self.scheme_of(name) for name in self.bits_of or ())
         if self.layers not in SCOPES:
             raise InputError(f"--layers {self.layers!r}: choose one of {', '.join(SCOPES)}.")
         for name in self.also:
@@ -51,6 +54,22 @@ class QuantizeConfig:
         """How weights are stored."""
         return Scheme(self.bits, self.group_size, self.symmetric)
 
+    def scheme_of(self, name: str) -> Scheme | None:
+        """How the layer at a full path is stored; None where it stays as it is."""
+        if self.bits_of is None:
+            return self.scheme
+        return replace(self.scheme, bits=self.bits_of[name]) if name in self.bits_of else None
+
+    @property
+    def amount(self) -> str:
+        """Bits, in words."""
+        few, many = min(self._numbers), max(self._numbers)
+        return f"{few} bits" if few == many else f"{few} to {many} bits"
+
+    @property
+    def _numbers(self) -> set[int]:
+        return set(self.bits_of.values()) if self.bits_of else {self.bits}
+
     @property
     def storage(self) -> str:
         """Groups and kind of grid, in words."""
@@ -60,7 +79,7 @@ class QuantizeConfig:
     @property
     def fast(self) -> bool:
         """Whether calibration may round what goes into products by 0.2 %, far less than codes of few bits do."""
-        return self.recipe.fast and self.bits <= _FEW_BITS
+        return self.recipe.fast and max(self._numbers) <= _FEW_BITS
 
     @property
     def recipe(self) -> Recipe:
@@ -80,6 +99,7 @@ class LayerReport:
         damping: Of the second moments, relative to their mean diagonal.
         trust: How far the layer was corrected for errors before it, 0 to 1, by part: of its input, of the residual.
         seconds: Time of the solution; what is known about its input is collected for several layers at once.
+        bits: Of a code.
     """
 
     layer: int | None
@@ -89,6 +109,7 @@ class LayerReport:
     damping: float
     trust: tuple[float, ...]
     seconds: float
+    bits: int
 
 
 @dataclass

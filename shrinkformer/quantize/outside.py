@@ -1,4 +1,4 @@
-"""What stands before and behind the blocks, quantized by choice: token embeddings, and the layers of the head."""
+"""What stands before and behind the blocks, quantized by choice: embeddings, and the layers of the head."""
 
 from time import perf_counter
 
@@ -10,7 +10,7 @@ from shrinkformer.architectures import layer_views
 from shrinkformer.errors import InputError
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.passes import watched
-from shrinkformer.prune.sites import EMBEDDINGS, HEAD
+from shrinkformer.prune.sites import EMBEDDINGS, HEAD, POSITIONS
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import token_rows
 from shrinkformer.prune.streamed import tied_weights
@@ -27,10 +27,11 @@ def require_outside(model: PreTrainedModel, config: QuantizeConfig) -> None:
     Raises:
         InputError: It has not, or one matrix serves as both and only one of them is wanted.
     """
-    wanted = {name for kind in config.also for name in _layers(model, kind)}
+    wanted = {name for kind in config.also for name in outside_layers(model, kind) if config.scheme_of(name)}
     for kind in config.also:
-        if not _layers(model, kind):
-            raise InputError(f"--also {kind}: {type(model).__name__} has no layer behind its blocks; leave it out.")
+        if not outside_layers(model, kind):
+            missing = "layer behind its blocks" if kind == HEAD else "position embeddings"
+            raise InputError(f"--also {kind}: {type(model).__name__} has no {missing}; leave it out.")
     for ours, theirs in tied_weights(model).items():
         pair = {ours.removesuffix(".weight"), theirs.removesuffix(".weight")}
         if len(pair & wanted) == 1:
@@ -65,13 +66,12 @@ class Outside:
 
         Embeddings that also are the output layer are solved as this, with both uses counting the same.
         """
-        if EMBEDDINGS not in self._config.also:
-            return
-        for name in _layers(self._model, EMBEDDINGS):
+        for name in [name for kind in (EMBEDDINGS, POSITIONS) for name in self._wanted(kind)]:
             matrix, second = self._model.get_submodule(name).weight, None
-            heads = [head for head in _layers(self._model, HEAD) if self._model.get_submodule(head).weight is matrix]
+            heads = outside_layers(self._model, HEAD)
+            heads = [head for head in heads if self._model.get_submodule(head).weight is matrix]
             if heads and self._config.recipe.look_ahead:
-                second = self._inputs(heads)[heads[0]]
+                second = self.inputs(heads)[heads[0]]
                 second = second / second.diagonal().mean().clamp(min=1e-30)
                 second.diagonal().add_(1.0)
             self._solve(name, second, into)
@@ -81,28 +81,30 @@ class Outside:
     @torch.no_grad()
     def behind(self, into: Quantized) -> None:
         """Quantize the layers of the head, given what the quantized blocks make."""
-        if HEAD not in self._config.also:
-            return
-        names = [name for name in _layers(self._model, HEAD) if name not in into.weights]
-        known = self._inputs(names) if names and self._config.recipe.look_ahead else {}
+        names = [name for name in self._wanted(HEAD) if name not in into.weights]
+        known = self.inputs(names) if names and self._config.recipe.look_ahead else {}
         for name in names:
             self._solve(name, known.get(name), into)
 
+    def _wanted(self, kind: str) -> list[str]:
+        if kind not in self._config.also:
+            return []
+        return [name for name in outside_layers(self._model, kind) if self._config.scheme_of(name) is not None]
+
     def _solve(self, name: str, second: Tensor | None, into: Quantized) -> None:
-        began, config = perf_counter(), self._config
+        began, config, scheme = perf_counter(), self._config, self._config.scheme_of(name)
+        assert scheme is not None
         weight, recipe = _weight(self._model.get_submodule(name)), config.recipe
         hessian = None
         if second is not None:
             hessian = Hessian.of(second, damping=recipe.damping, by_activity=recipe.by_activity)
-        solved = quantize_weight(
-            weight, hessian, config.scheme.fitting(weight.shape[1]), recipe, dtype=config.scale_dtype
-        )
+        solved = quantize_weight(weight, hessian, scheme.fitting(weight.shape[1]), recipe, dtype=config.scale_dtype)
         weight.copy_(solved.weight.decode().to(weight.dtype))
         into.weights[name] = solved.weight
         errors = (solved.error, solved.nearest_error, solved.damping)
-        into.layers.append(LayerReport(None, name, *errors, (), perf_counter() - began))
+        into.layers.append(LayerReport(None, name, *errors, (), perf_counter() - began, scheme.bits))
 
-    def _inputs(self, names: list[str]) -> dict[str, Tensor]:
+    def inputs(self, names: list[str]) -> dict[str, Tensor]:
         """Second moments of the inputs of layers behind the blocks, which one pass of the examples reaches."""
         layers = {name: self._model.get_submodule(name) for name in names}
         device = self._model.device
@@ -125,11 +127,20 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _layers(model: PreTrainedModel, kind: str) -> list[str]:
-    """Names of the layers: the token embeddings, or all linear layers that stand behind the blocks in the model."""
+def outside_layers(model: PreTrainedModel, kind: str) -> list[str]:
+    """Names of layers outside the blocks of a model.
+
+    Args:
+        model: The model; shapes are enough.
+        kind: ``embeddings`` of tokens; ``positions``: embeddings of anything else; ``head``: all linear layers that
+            stand behind the blocks.
+    """
+    embeddings = model.get_input_embeddings()
     if kind == EMBEDDINGS:
-        embeddings = model.get_input_embeddings()
         return [name for name, module in model.named_modules() if module is embeddings]
+    if kind == POSITIONS:
+        others = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+        return [name for name, module in others if module is not embeddings]
     blocks = {id(module) for view in layer_views(model) for module in view.block.modules()}
     names, behind = [], False
     for name, module in model.named_modules():

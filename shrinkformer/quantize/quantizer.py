@@ -18,6 +18,7 @@ from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.sites import Site, block_sites
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import BlockStream
+from shrinkformer.prune.streamed import block_prefix
 from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
 from shrinkformer.quantize.final_norm import refit_final_norm
 from shrinkformer.quantize.grid import QuantizedWeight
@@ -25,6 +26,7 @@ from shrinkformer.quantize.layer import quantize_weights
 from shrinkformer.quantize.observe import Fold, merged, observe
 from shrinkformer.quantize.outside import Outside, require_outside
 from shrinkformer.quantize.resume import Finished, QuantizedBlocks
+from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.quantize.solver import Hessian
 from shrinkformer.quantize.target import Target, correct
 from shrinkformer.utils.precision import half_precision
@@ -133,6 +135,7 @@ class BlockQuantizer:
         store: QuantizedBlocks | None = None,
     ) -> None:
         self._config, self._recipe, self._resources, self._store = config, config.recipe, resources, store
+        self._prefix = block_prefix(model)
         self._fast = config.fast and model.dtype != torch.float64
         self._sites = block_sites(layer_views(model)[0].architecture, config.layers)
         self._metrics: dict[tuple[int, str], Tensor] = {}
@@ -155,7 +158,7 @@ class BlockQuantizer:
             for view in layer_views(model)
             for site in self._sites
             for path in site.paths
-            if view.index not in finished
+            if view.index not in finished and self._scheme(view, site) is not None
         }
         if self._recipe.output_aware and layers:
             self._metrics = output_metrics(model, layers, batches, workers=workers)
@@ -192,8 +195,9 @@ class BlockQuantizer:
         return half_precision(device) if self._fast else nullcontext()
 
     def _quantize(self, view: LayerView, aim: LayerView) -> Iterator[Finished]:
+        sites = [site for site in self._sites if self._scheme(view, site) is not None]
         if self._stream is None:
-            for site in self._sites:
+            for site in sites:
                 yield from self._solve(site, view, None)
             return
         offload, dense = self._resources.offload, None
@@ -202,11 +206,11 @@ class BlockQuantizer:
                 dense = DensePass(self._dense, aim, self._sites, offload)
         passes = BlockPasses(self._stream, view, offload)
         if self._recipe.sequential:
-            for site in self._sites:
+            for site in sites:
                 yield from self._solve(site, view, self._observe(site, passes, dense))
         else:
-            known = [self._observe(site, passes, dense) for site in self._sites]
-            for site, folds in zip(self._sites, known, strict=True):
+            known = [self._observe(site, passes, dense) for site in sites]
+            for site, folds in zip(sites, known, strict=True):
                 yield from self._solve(site, view, folds)
             passes = BlockPasses(self._stream, view, offload)
         with self._precision(view.attention_output.weight.device):
@@ -217,12 +221,17 @@ class BlockQuantizer:
         if self._dense is not None and self._stream is not None:
             refit_final_norm(model, self._dense, self._stream, self._resources.workers)
 
+    def _scheme(self, view: LayerView, site: Site) -> Scheme | None:
+        """How the layers of a site are stored; they have one input, and are solved as one."""
+        return self._config.scheme_of(f"{self._prefix}{view.index}.{site.paths[0]}")
+
     def _observe(self, site: Site, passes: BlockPasses, dense: DensePass | None) -> list[Fold]:
         return observe(site, passes, dense, self._resources.workers, rounded=self._fast)
 
     def _solve(self, site: Site, view: LayerView, folds: list[Fold] | None) -> Iterator[Finished]:
         """Quantize the layers of a site in place; those with a bias and those without are solved apart."""
-        whole = None if folds is None else merged(folds)
+        whole, scheme = None if folds is None else merged(folds), self._scheme(view, site)
+        assert scheme is not None
         kinds = {path: self._recipe.correct and view.linear(path).bias is not None for path in site.paths}
         for centred in sorted(set(kinds.values())):
             began = perf_counter()
@@ -235,7 +244,7 @@ class BlockQuantizer:
             solved = quantize_weights(
                 [aim.weight for aim in aims.values()],
                 hessian,
-                self._config.scheme.fitting(next(iter(linears.values())).in_features),
+                scheme.fitting(next(iter(linears.values())).in_features),
                 self._recipe,
                 dtype=self._config.scale_dtype,
                 metrics=[self._metrics.pop((view.index, path)) for path in linears] if self._metrics else None,
@@ -243,7 +252,7 @@ class BlockQuantizer:
             seconds = (perf_counter() - began) / len(linears)
             for (path, linear), one in zip(linears.items(), solved, strict=True):
                 aim, errors = aims[path], (one.error, one.nearest_error)
-                report = LayerReport(view.index, path, *errors, one.damping, aim.trust, seconds)
+                report = LayerReport(view.index, path, *errors, one.damping, aim.trust, seconds, scheme.bits)
                 bias = _bias(linear, one.weight, aim, whole) if centred and whole is not None else linear.bias
                 layer = Finished(path, one.weight, report, None if bias is None else bias.clone())
                 layer.put(linear)

@@ -1,0 +1,195 @@
+"""Prune and quantize a model so that its checkpoint takes a given number of bytes."""
+
+import copy
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedModel
+
+from shrinkformer.efficiency.macs import LayerSize
+from shrinkformer.errors import BudgetError
+from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.curves import sized
+from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.result import Pruned, timed
+from shrinkformer.prune.shrink import ShrinkConfig, Shrinker, learn
+from shrinkformer.prune.sites import OUTSIDE
+from shrinkformer.prune.statistics import Batches, Progress
+from shrinkformer.quantize.byte_costs import (
+    ATTENTION,
+    BITS,
+    FEED_FORWARD,
+    FLOAT,
+    SUBLAYERS,
+    ByteCosts,
+    require_packable,
+)
+from shrinkformer.quantize.byte_options import ByteOptions, Part
+from shrinkformer.quantize.byte_search import ByteSearch, Mixture
+from shrinkformer.quantize.config import QuantizeConfig, Quantized
+from shrinkformer.quantize.drafts import Drafts
+from shrinkformer.quantize.outside import outside_layers
+from shrinkformer.quantize.quantizer import quantize_
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A model within its bytes.
+
+    Attributes:
+        model: With the weights that its integers stand for.
+        quantized: The integers.
+        pruned: Before it was quantized; None where every block kept its size.
+    """
+
+    model: PreTrainedModel
+    quantized: Quantized
+    pruned: Pruned | None
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """A model with everything that was learnt about it; :meth:`plan` takes any number of bytes.
+
+    Attributes:
+        shrinker: Prunes it.
+        search: Chooses widths and bits.
+        costs: Bytes.
+        config: Groups, kind of grid, quantizer and type of the scales.
+        limits: What every block must keep, and the length at which MACs are counted.
+        progress: Wraps loops over the blocks.
+        seconds: Time of calibration and selection.
+    """
+
+    shrinker: Shrinker
+    search: ByteSearch
+    costs: ByteCosts
+    config: QuantizeConfig
+    limits: Budget
+    progress: Progress = iter
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def plan(self, allowed: int) -> Mixture:
+        """Widths and bits for a number of bytes.
+
+        Raises:
+            BudgetError: Nothing is small enough.
+        """
+        return self.search.run(allowed)
+
+    def prune(self, mixture: Mixture) -> Pruned | None:
+        """The model in the sizes of a plan, refitted; None where every block keeps its size."""
+        sizes = self._sizes(mixture)
+        if sizes == [level.size for level in self.shrinker.levels]:
+            return None
+        return self.shrinker.prune_to(sizes, self.limits.sequence_length)
+
+    def quantization(self, mixture: Mixture) -> QuantizeConfig:
+        """What a plan asks of the quantizer."""
+        bits_of: dict[str, int] = {}
+        for part, choice in mixture.choices.items():
+            if part.names:
+                named = {part.names: choice.bits[0]}
+            else:
+                sites = self.costs.sites(part.sublayer)
+                named = {
+                    tuple(self.costs.names(part.index, site)): bits
+                    for site, bits in zip(sites, choice.bits, strict=True)
+                }
+            bits_of |= {name: bits for names, bits in named.items() for name in names if bits != FLOAT}
+        model = self.shrinker.model
+        also = tuple(kind for kind in OUTSIDE if any(name in bits_of for name in outside_layers(model, kind)))
+        return replace(self.config, bits_of=bits_of, also=also)
+
+    def carry_out(self, mixture: Mixture) -> Compressed:
+        """Prune and quantize as planned."""
+        dense, pruned = self.shrinker.model, self.prune(mixture)
+        model = copy.deepcopy(dense if pruned is None else pruned.model)
+        found = quantize_(
+            model,
+            self.shrinker.batches,
+            self.quantization(mixture),
+            dense=None if pruned is None else dense,
+            progress=self.progress,
+            resources=replace(self.shrinker.resources, store=None),
+        )
+        return Compressed(model, found, pruned)
+
+    def _sizes(self, mixture: Mixture) -> list[LayerSize]:
+        chosen = mixture.choices
+        found = []
+        for level in self.shrinker.levels:
+            heads, neurons = (chosen[Part(level.view.index, sublayer)].units for sublayer in SUBLAYERS)
+            found.append(sized(level.size, heads=heads, neurons=neurons))
+        return found
+
+
+def learn_bytes(
+    model: PreTrainedModel,
+    batches: Batches,
+    config: QuantizeConfig,
+    limits: Budget,
+    shrink: ShrinkConfig | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress = iter,
+    resources: Resources | None = None,
+) -> Compressor:
+    """Learn everything about a model that meeting any number of bytes needs.
+
+    Args:
+        model: In memory as a whole.
+        batches: Model inputs with an ``attention_mask``; labels are not needed.
+        config: Groups, kind of grid, quantizer and type of the scales; bits are chosen.
+        limits: What every block must keep, and the length at which MACs are counted.
+        shrink: How long to search; heads keep their width in any case, as readers of packed weights expect.
+        seed: Of the answers that are drawn from the model's predictions.
+        progress: Wraps loops over the blocks.
+        resources: Who shares the work.
+
+    Raises:
+        InputError: No packed format holds the layers of this model.
+        UnsupportedModelError: There is no architecture record for the model.
+        NumericalError: The model computes NaN or infinity on the examples.
+    """
+    require_packable(model)
+    resources, shrink = resources or Resources(), replace(shrink or ShrinkConfig(), whole_heads=True)
+    shrinker = learn(model, batches, shrink, seed=seed, progress=progress, resources=resources)
+    seconds, costs = dict(shrinker.seconds), ByteCosts(model, config)
+    with timed(seconds, "selection"):
+        options = ByteOptions(shrinker, Drafts(shrinker, costs, config), costs, limits)
+        search = ByteSearch(
+            options, shrinker.damage, seconds=shrink.search_seconds, say=shrink.say, workers=resources.workers
+        )
+    return Compressor(shrinker, search, costs, config, limits, progress, seconds)
+
+
+def require_bytes(model: PreTrainedModel, config: QuantizeConfig, limits: Budget, ratio: float, dense: int) -> None:
+    """Check, from shapes alone, that a model can be made so small.
+
+    Args:
+        model: The dense model; it needs no weights.
+        config: Groups, kind of grid and type of the scales.
+        limits: What every block must keep.
+        ratio: Fraction of the bytes that may stay.
+        dense: Bytes of the dense checkpoint.
+
+    Raises:
+        InputError: No packed format holds the layers of this model.
+        BudgetError: The smallest model is larger.
+    """
+    require_packable(model)
+    costs = ByteCosts(model, config)
+    least = costs.rest
+    for index, size in enumerate(costs.sizes):
+        neurons = -(-min(limits.min_neurons, size.neurons) // limits.round_to) * limits.round_to
+        fewest = {ATTENTION: min(limits.min_heads, size.heads), FEED_FORWARD: min(neurons, size.neurons)}
+        for sublayer, units in fewest.items():
+            known = [costs.sublayer(index, sublayer, units, (one, other)) for one in BITS for other in BITS]
+            least += min(cost for cost in known if cost is not None)
+    for names in costs.outside:
+        least += min(cost for bits in BITS if (cost := costs.matrix(names, bits)) is not None)
+    if least > ratio * dense:
+        raise BudgetError(
+            f"--target_ratio {ratio:g}: the smallest model takes {least / dense:.3f} of the dense checkpoint's bytes; "
+            "raise it, or lower --min_heads, --min_neurons or --round_to."
+        )
