@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from shrinkformer.architectures import LayerView, layer_views, unit_columns
-from shrinkformer.prune.budget import Budget, CostModel, allocate_at_threshold
+from shrinkformer.prune.allocation import allocate_at_threshold
+from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.elimination import eliminate
 from shrinkformer.prune.methods import METHODS, LayerRanking, get_method
 from shrinkformer.prune.moments import Moments

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.errors import BudgetError, InputError
-from shrinkformer.prune.budget import Budget, CostModel, Counts, allocate_globally, allocate_uniformly
+from shrinkformer.prune.allocation import allocate_globally, allocate_uniformly, require_feasible
+from shrinkformer.prune.budget import Budget, CostModel, Counts
 
 
 def cost_model(budget: Budget, *, layers: int = 3, heads: int = 6, neurons: int = 96) -> CostModel:
@@ -69,7 +70,7 @@ def test_uniform_is_uniform() -> None:
 
 def test_impossible_budget_says_what_is_possible() -> None:
     with pytest.raises(BudgetError, match=r"--mu 0.01 cannot be met.*takes mu 0\.\d+.*raise --mu"):
-        cost_model(Budget(0.01, 20)).require_feasible()
+        require_feasible(cost_model(Budget(0.01, 20)))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import torch
 from shrinkformer.architectures import layer_views
 from shrinkformer.efficiency.macs import LayerSize, count_matmul_macs
 from shrinkformer.errors import NumericalError
-from shrinkformer.prune.budget import Budget, CostModel, Counts, allocate_for_most
+from shrinkformer.prune.allocation import allocate_for_most
+from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.divergence import Predictions, divergence, predictions
 from shrinkformer.prune.fisher import log_likelihood

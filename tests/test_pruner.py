@@ -42,7 +42,8 @@ def test_macs_never_exceed_the_budget(method: str, mu: float, batches: list[dict
     pruned = prune_model(build_model(), batches, mu=mu, method=method, sequence_length=16)
     assert pruned.plan.ratio <= mu
     smallest = 2 * 16 * 32 / pruned.plan.dense_macs  # one neuron
-    assert pruned.plan.ratio > mu - 2 * smallest
+    steps = 4 if method == "shrink" else 2  # it changes the width of all heads of a block at once
+    assert pruned.plan.ratio > mu - steps * smallest
     batch = make_batches([16], batch_size=1)[0]
     counted = count_matmul_macs(pruned.model, batch)
     assert counted == pytest.approx(pruned.plan.macs)

@@ -11,7 +11,8 @@ from shrinkformer.architectures import layer_views
 from shrinkformer.commands.memory import GIB, Footprint, block_weights
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.efficiency.size import count_parameters
-from shrinkformer.prune.budget import Budget, CostModel, allocate_uniformly
+from shrinkformer.prune.allocation import allocate_uniformly
+from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.stream import count_tokens
 
 if TYPE_CHECKING:

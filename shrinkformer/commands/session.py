@@ -20,6 +20,7 @@ from shrinkformer.commands.report import Measured, Run, write_report
 from shrinkformer.efficiency.macs import model_macs
 from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, folder_bytes, peak_memory_bytes
 from shrinkformer.errors import InputError
+from shrinkformer.prune.allocation import require_feasible
 from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.hidden import Offload
 from shrinkformer.prune.methods import SHRINK
@@ -193,8 +194,8 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
     if options.dry_run:
         job.say(describe(job, shapes, budgets, options, footprint=footprint, limit=limit))
         return
-    for budget in budgets:
-        CostModel.of(layer_views(shapes), budget).require_feasible()
+    for budget in budgets if options.budget == "macs" else ():  # time is not known yet
+        require_feasible(CostModel.of(layer_views(shapes), budget))
     session = _start(job, options, seconds, lazily=lazily, limit=limit)
     job.say(f"evaluating the dense model on {job.task_name}")
     location = Path(job.source.location)

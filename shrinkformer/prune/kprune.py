@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.errors import NumericalError
-from shrinkformer.prune.budget import Budget, CostModel, allocate_at_threshold
+from shrinkformer.prune.allocation import allocate_at_threshold, require_feasible
+from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.divergence import Predictions, divergence, predictions
 from shrinkformer.prune.fisher import TOKENS, log_likelihood
@@ -116,7 +117,7 @@ class KPrune:
         """
         seconds: dict[str, float] = {}
         costs = CostModel.of(layer_views(self.model), budget)
-        costs.require_feasible()
+        require_feasible(costs)
         with timed(seconds, "refit"):
             model = copy.deepcopy(self.model)
             kept, errors = self._prune_in_turn(model, costs)

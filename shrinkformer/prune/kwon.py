@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.errors import NumericalError
-from shrinkformer.prune.budget import Budget, CostModel, allocate_for_most
+from shrinkformer.prune.allocation import allocate_for_most
+from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.fisher import log_likelihood
 from shrinkformer.prune.masks import (

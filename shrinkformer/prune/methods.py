@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from shrinkformer.architectures import LayerView
 from shrinkformer.errors import InputError
 from shrinkformer.prune import ranking
-from shrinkformer.prune.budget import CostModel, Counts, allocate_at_threshold, allocate_globally, allocate_uniformly
+from shrinkformer.prune.allocation import allocate_at_threshold, allocate_globally, allocate_uniformly
+from shrinkformer.prune.budget import CostModel, Counts
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.ranking import Ranking
 from shrinkformer.prune.refit import Correction

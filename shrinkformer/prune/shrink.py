@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.efficiency.macs import LayerSize, model_macs
+from shrinkformer.prune.allocation import require_feasible
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.curves import QUERIES, BlockCurves, measure_curves, narrowable
@@ -27,10 +28,14 @@ from shrinkformer.prune.search import Search
 from shrinkformer.prune.sensitivity import Sensitivity, learn_sensitivity
 from shrinkformer.prune.sequential import RefitErrors, refit_blocks
 from shrinkformer.prune.statistics import Batches, Progress, stream_statistics
+from shrinkformer.prune.stream import count_tokens
 from shrinkformer.prune.surgery import with_blocks
 
 RIVAL = "stat"
 """The method that is taken where it does better."""
+
+PLENTY = 65_536
+"""Tokens beyond which an eighth more is not worth another fit."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,6 @@ class Shrinker:
         """
         seconds: dict[str, float] = {}
         costs = self._costs(budget)
-        costs.require_feasible()
         with timed(seconds, "allocation"):
             search = Search(
                 self.levels,
@@ -118,7 +122,7 @@ class Shrinker:
         shown = ", ".join(f"{name} {value:.5f}" for name, value in divergences.items())
         self.config.say(f"divergence on examples set aside: {shown}")
         best = min(candidates, key=lambda made: divergences[made.plan.method])
-        if best is ours and self.aside is not self.batches:  # they have judged, now they help
+        if best is ours and self._are_few:  # those that have judged help now
             with timed(seconds, "refit"):
                 best = self._refitted(costs, found.sizes, self._everything)
         return Pruned(best.model, replace(best.plan, divergences=divergences), seconds)
@@ -139,14 +143,22 @@ class Shrinker:
         return Pruned(pruned.model, pruned.plan, seconds)
 
     @property
+    def _are_few(self) -> bool:
+        """Whether a fit gains from the examples that were set aside."""
+        return self.aside is not self.batches and count_tokens(self.batches) < PLENTY
+
+    @property
     def _everything(self) -> Batches:
         return self.batches if self.aside is self.batches else [*self.batches, *self.aside]
 
     def _costs(self, budget: Budget) -> CostModel:
         costs = CostModel.of(layer_views(self.model), budget)
         if self.latency is None:
+            require_feasible(costs)
             return costs
-        return LatencyCosts(costs.layers, costs.hidden_size, budget, costs.pre_norm, table=self.latency)
+        timed_costs = LatencyCosts(costs.layers, costs.hidden_size, budget, costs.pre_norm, table=self.latency)
+        timed_costs.require_feasible()
+        return timed_costs
 
     def _refitted(self, costs: CostModel, sizes: Sequence[LayerSize], batches: Batches) -> Pruned:
         """A model of these sizes, fitted to some examples."""
