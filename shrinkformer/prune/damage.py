@@ -17,11 +17,8 @@ from shrinkformer.utils.precision import half_precision
 TOKENS = 16_384
 """Tokens on which plans are compared: a search on fewer examples finds what suits those and no others."""
 
-FEW_TOKENS = 4_096
-"""Tokens that are enough for the curves of single parts."""
-
 FEW_TOKENS = 2_048
-"""Tokens that show which of several changes does less damage."""
+"""Tokens that are enough for the curves of single parts."""
 
 _KEPT_NUMBERS = 1.5e8  # of the dense model's log-probabilities; large vocabularies get fewer tokens
 

@@ -35,6 +35,14 @@ def frontier(options: Sequence[Option[T]]) -> list[Option[T]]:
     return kept
 
 
+def wary(groups: Sequence[Sequence[Option[T]]], toll: float) -> list[list[Option[T]]]:
+    """The same groups, where every option but the first, which is no change, does so much more damage."""
+    return [
+        [Option(one.cost, one.damage + (toll if number else 0.0), one.value) for number, one in enumerate(group)]
+        for group in groups
+    ]
+
+
 def choose(groups: Sequence[Sequence[Option[T]]], budget: float, *, bins: int = 20_000) -> tuple[list[T], float]:
     """Choose one option of each group by dynamic programming over a grid of costs.
 

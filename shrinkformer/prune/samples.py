@@ -31,6 +31,11 @@ def hold_out(batches: Batches) -> tuple[Batches, Batches]:
     return kept, _where(batches, lambda index: index % _HELD == _HELD // 2)
 
 
+def together(batches: Batches, aside: Batches) -> Batches:
+    """Both parts of what :func:`hold_out` gave, the others first."""
+    return batches if aside is batches else [*batches, *aside]
+
+
 def _where(batches: Batches, wanted: Callable[[int], bool]) -> list[Mapping[str, Tensor]]:
     """Examples whose number is wanted, in batches as before."""
     chosen: list[Mapping[str, Tensor]] = []

@@ -16,7 +16,7 @@ from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.prune.budget import CostModel
 from shrinkformer.prune.curves import HEADS, NEURONS, QUERIES, VALUES, BlockCurves, sized
 from shrinkformer.prune.damage import Damage
-from shrinkformer.prune.knapsack import Option, choose, frontier
+from shrinkformer.prune.knapsack import Option, choose, frontier, wary
 from shrinkformer.prune.levels import BlockLevels
 from shrinkformer.utils.parallel import ALONE, Workers
 
@@ -150,14 +150,7 @@ class Search:
     ) -> tuple[list[LayerSize], list[nn.Module], float] | None:
         """The best combination of measured changes, with fewer of them as long as they do not add up."""
         for caution in _CAUTION:
-            wary = [
-                [
-                    Option(one.cost, one.damage + (caution * least if number else 0.0), one.value)
-                    for number, one in enumerate(group)
-                ]
-                for group in groups
-            ]
-            chosen = self._joined(choose(wary, self._allowance)[0])
+            chosen = self._joined(choose(wary(groups, caution * least), self._allowance)[0])
             if chosen == sizes:
                 continue
             blocks = self._build(chosen)

@@ -23,7 +23,7 @@ from shrinkformer.prune.plan import LayerPlan, Plan
 from shrinkformer.prune.ranked import Ranked, rank_units
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
-from shrinkformer.prune.samples import hold_out
+from shrinkformer.prune.samples import hold_out, together
 from shrinkformer.prune.search import Search
 from shrinkformer.prune.sensitivity import Sensitivity, learn_sensitivity
 from shrinkformer.prune.sequential import RefitErrors, refit_blocks
@@ -124,7 +124,7 @@ class Shrinker:
         best = min(candidates, key=lambda made: divergences[made.plan.method])
         if best is ours and self._are_few:  # those that have judged help now
             with timed(seconds, "refit"):
-                best = self._refitted(costs, found.sizes, self._everything)
+                best = self._refitted(costs, found.sizes, together(self.batches, self.aside))
         return Pruned(best.model, replace(best.plan, divergences=divergences), seconds)
 
     def prune_to(self, sizes: Sequence[LayerSize], sequence_length: float) -> Pruned:
@@ -139,17 +139,13 @@ class Shrinker:
         seconds: dict[str, float] = {}
         with timed(seconds, "refit"):
             costs = replace(costs, budget=Budget(mu, sequence_length))
-            pruned = self._refitted(costs, sizes, self._everything)
+            pruned = self._refitted(costs, sizes, together(self.batches, self.aside))
         return Pruned(pruned.model, pruned.plan, seconds)
 
     @property
     def _are_few(self) -> bool:
         """Whether a fit gains from the examples that were set aside."""
         return self.aside is not self.batches and count_tokens(self.batches) < PLENTY
-
-    @property
-    def _everything(self) -> Batches:
-        return self.batches if self.aside is self.batches else [*self.batches, *self.aside]
 
     def _costs(self, budget: Budget) -> CostModel:
         costs = CostModel.of(layer_views(self.model), budget)
@@ -236,12 +232,11 @@ def learn(
     seconds: dict[str, float] = {}
     levels = []
     batches, aside = hold_out(batches)
-    everything = batches if aside is batches else [*batches, *aside]
     narrow = () if config.whole_heads else narrowable(layer_views(model)[0])
     with torch.no_grad():
         moments = stream_statistics(model, batches, resources, progress=progress, inputs=QUERIES in narrow)
         found = [(view, of_block) for view, of_block in moments]
-    sensitivity = learn_sensitivity(model, everything, seed=seed, workers=workers)
+    sensitivity = learn_sensitivity(model, together(batches, aside), seed=seed, workers=workers)
     for view, of_block in found:
         levels.append(BlockLevels(view, of_block.heads, of_block.neurons, of_block.inputs, sensitivity, model.config))
     seconds["calibration"] = perf_counter() - began

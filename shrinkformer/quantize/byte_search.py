@@ -13,7 +13,7 @@ from torch import nn
 
 from shrinkformer.errors import BudgetError
 from shrinkformer.prune.damage import Damage
-from shrinkformer.prune.knapsack import Option, choose, frontier
+from shrinkformer.prune.knapsack import Option, choose, frontier, wary
 from shrinkformer.prune.search import Say
 from shrinkformer.quantize.byte_costs import BITS, FEED_FORWARD
 from shrinkformer.quantize.byte_options import ByteOptions, Part, State
@@ -135,14 +135,9 @@ class ByteSearch:
     def _attempt(self, groups: Sequence[Sequence[Option[Choice]]], draft: _Draft, allowed: int) -> _Draft | None:
         """The best combination of measured changes, with fewer of them as long as they do not add up."""
         for caution in _CAUTION:
-            wary = [
-                [
-                    Option(one.cost, one.damage + (caution * draft.damage if number else 0.0), one.value)
-                    for number, one in enumerate(group)
-                ]
-                for group in groups
-            ]
-            changed = dict(zip(self.options.parts, choose(wary, allowed)[0], strict=True))
+            changed = dict(
+                zip(self.options.parts, choose(wary(groups, caution * draft.damage), allowed)[0], strict=True)
+            )
             if changed != draft.state:
                 other = self._drafted(changed)
                 if other.damage < draft.damage * (1 - _GAIN):
