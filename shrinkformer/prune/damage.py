@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
-from shrinkformer.prune.divergence import Predictions, divergence, predictions
+from shrinkformer.prune.divergence import Predictions, Target, predictions
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import BlockStream
@@ -46,8 +46,8 @@ class Damage:
         blocks = [view.block for view in layer_views(model)]
         self.enter(blocks)
         with torch.no_grad():
-            self._dense = list(self._predictions(blocks, len(blocks) - 1))
-        rows = sum(len(dense.parts[0]) for dense in self._dense)
+            self._dense = [Target(found) for found in self._predictions(blocks, len(blocks) - 1)]
+        rows = sum(len(dense) for dense in self._dense)
         self._rows = torch.tensor(rows, dtype=torch.float64, device=self._device)
         workers.sum_(self._rows)
 
@@ -72,7 +72,7 @@ class Damage:
         """Mean divergence per prediction of the model with these blocks; those before ``start`` were entered."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for dense, found in zip(self._dense, self._predictions(blocks, start), strict=True):
-            total += divergence(dense, found)
+            total += dense.divergence(found)
         self._workers.sum_(total)
         return max(0.0, float(total / self._rows))
 

@@ -15,7 +15,7 @@ from shrinkformer.errors import NumericalError
 from shrinkformer.prune.allocation import allocate_at_threshold, require_feasible
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe_sizes
-from shrinkformer.prune.divergence import Predictions, divergence, predictions
+from shrinkformer.prune.divergence import Predictions, Target, predictions
 from shrinkformer.prune.fisher import TOKENS, log_likelihood
 from shrinkformer.prune.masks import (
     Loss,
@@ -200,20 +200,20 @@ def contributions(part: Part, rows: Tensor) -> Tensor:
 
 def _divergence_from(model: PreTrainedModel, batches: Batches) -> Loss:
     """The divergence of a model's predictions from those of the dense one, both softened."""
-    known: dict[int, Predictions] = {}
+    known: dict[int, Target] = {}
 
-    def wanted(index: int) -> Predictions:
+    def wanted(index: int) -> Target:
         if index in known:
             return known[index]
         with torch.no_grad():
             output = model(**accepted_inputs(model, batches[index]))
-        found = softened(predictions(output, masks[index]))
+        found = Target(softened(predictions(output, masks[index])))
         if not model.can_generate():  # a language model's predictions take more room than time
             known[index] = found
         return found
 
     masks = [batch["attention_mask"].bool().to(model.device) for batch in batches]
-    return lambda output, index: divergence(wanted(index), softened(predictions(output, masks[index])))
+    return lambda output, index: wanted(index).divergence(softened(predictions(output, masks[index])))
 
 
 def softened(found: Predictions, temperature: float = _TEMPERATURE) -> Predictions:
