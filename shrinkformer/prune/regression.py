@@ -113,7 +113,8 @@ class Fit:
     Attributes:
         weight: ``(inputs, outputs)`` float64.
         bias: ``(outputs,)`` float64; zero without an intercept.
-        ridge: Strength that was chosen, relative to the mean diagonal; infinite where the prior stays.
+        ridge: Strength that was chosen, relative to the mean diagonal of half of the tokens; infinite where the prior
+            stays.
         error: Relative error of the output on all tokens, 0 to about 1.
     """
 
@@ -128,8 +129,8 @@ def ridge_regression(
 ) -> Fit:
     """Fit ``y = x W + b``, with ``W`` held towards a prior as firmly as serves tokens that were not fitted.
 
-    Each half of the tokens judges what was fitted to the other; the strength with the least error, which may be an
-    infinite one, is then used on all of them.
+    Each half of the tokens judges what was fitted to the other, and the strength with the least error is found, which
+    may be an infinite one. The fit to all tokens takes that ridge as it is: half of it, relative to sums twice as large.
 
     Args:
         halves: Two parts of the tokens, from the same origin.
@@ -150,7 +151,7 @@ def ridge_regression(
             if loss < least:
                 least, chosen = loss, ridge
     everything = whole.centred(intercept)
-    weight = prior if chosen == float("inf") else everything.solve(prior, chosen)
+    weight = prior if chosen == float("inf") else everything.solve(prior, chosen / len(halves))
     bias = torch.zeros_like(whole.output_total)
     if intercept and whole.weight:
         bias = (whole.output_total - whole.input_total @ weight) / whole.weight
