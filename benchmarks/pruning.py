@@ -104,7 +104,8 @@ def run_seed(options: argparse.Namespace, seed: int, results: Results, variants:
         results.add(key("dense", 1.0), {"macs": 1.0, **figures(dense, dense, task.metrics[0])})
     for method in dict.fromkeys(name for name, _ in missing):
         variant = variants[method]
-        config = replace(variant.config, search_seconds=min(options.search_seconds, variant.config.search_seconds))
+        searches = variant.config.search_seconds > 0
+        config = replace(variant.config, search_seconds=options.search_seconds) if searches else variant.config
         with variant.patch():
             calibrated = calibrate(model, batches, method=variant.method, seed=seed, config=config)
             for mu in (mu for name, mu in missing if name == method):
