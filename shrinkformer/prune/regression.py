@@ -129,8 +129,8 @@ def ridge_regression(
 ) -> Fit:
     """Fit ``y = x W + b``, with ``W`` held towards a prior as firmly as serves tokens that were not fitted.
 
-    Each half of the tokens judges what was fitted to the other, and the strength with the least error is found, which
-    may be an infinite one. The fit to all tokens takes that ridge as it is: half of it, relative to sums twice as large.
+    Each half of the tokens judges what was fitted to the other, and the strength with the least error wins, which may
+    be an infinite one. The fit to all tokens takes that ridge as it is: half of it, relative to sums twice as large.
 
     Args:
         halves: Two parts of the tokens, from the same origin.
