@@ -14,21 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from scipy.special import log_softmax
-
+from benchmarks.encoders import read_encoder
 from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.commands.console import quiet_libraries
-from shrinkformer.commands.locate import find_model, load_model, load_tokenizer, model_class
-from shrinkformer.commands.options import EncoderOptions
-from shrinkformer.commands.prune_bert import read_data
-from shrinkformer.dataset.encoding import padded_batches
+from shrinkformer.commands.locate import find_model
 from shrinkformer.dataset.tasks import get_task
-from shrinkformer.evaluate.evaluation import Evaluation, evaluate_model
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.methods import METHOD_NAMES
 from shrinkformer.prune.pruner import calibrate
@@ -66,80 +57,45 @@ def parse_arguments(variants: Sequence[str], description: str | None) -> argpars
     parser.add_argument("--methods", nargs="+", default=variants, choices=variants, metavar="METHOD")
     parser.add_argument("--sample_batch_size", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--evaluation_examples", type=int, default=None, help="only so many, taken from everywhere")
     parser.add_argument("--search_seconds", type=float, default=ShrinkConfig().search_seconds)
     parser.add_argument("--output", type=Path, default=Path("output/pruning.jsonl"))
     parser.add_argument("--figure", type=Path, default=None, help="PNG to draw (needs matplotlib)")
     return parser.parse_args()
 
 
-def encoder_options(options: argparse.Namespace, seed: int) -> EncoderOptions:
-    """What the commands for encoders take of a comparison's flags."""
-    same = ("model_name", "task_name", "data_dir", "bundled_data", "sample_batch_size", "batch_size")
-    return EncoderOptions(**{name: getattr(options, name) for name in same}, seed=seed)
+def shared(options: argparse.Namespace) -> Record:
+    """What all points of a comparison have in common."""
+    evaluated = options.evaluation_examples or "all"
+    return {"task": options.task_name, "samples": options.sample_batch_size, "evaluated": evaluated}
 
 
 def run_seed(options: argparse.Namespace, seed: int, results: Results, variants: Mapping[str, Variant]) -> None:
     """All methods and budgets on one calibration sample."""
-    settings = encoder_options(options, seed)
-    task = get_task(settings.task_name)
-    source = find_model(settings.model_name, task)
-    tokenizer = load_tokenizer(source)
-    calibration, splits = read_data(settings, task, source, tokenizer)
-    batches = [batch for _, batch in padded_batches(calibration.features, tokenizer, settings.batch_size)]
-    lengths = [length for split in splits.values() for length in split.lengths]
-    model, _ = load_model(source, model_class(source, task), "cpu", torch.float32)
 
     def key(method: str, mu: float) -> Record:
-        common = {"model": source.name, "task": task.name, "samples": options.sample_batch_size}
-        return {**common, "method": method, "mu": mu, "seed": seed}
+        return {"model": name, **shared(options), "method": method, "mu": mu, "seed": seed}
 
-    def judge(judged: Any) -> Evaluation:
-        return evaluate_model(judged, tokenizer, task, splits, batch_size=settings.batch_size, keep_logits=True)
+    name = find_model(options.model_name, get_task(options.task_name)).name
 
-    missing = [(name, mu) for name in options.methods for mu in options.mu if not results.has(key(name, mu))]
+    missing = [(row, mu) for row in options.methods for mu in options.mu if not results.has(key(row, mu))]
     if not missing:
         return
-    dense = judge(model)
+    encoder = read_encoder(options, seed)
     if not results.has(key("dense", 1.0)):
-        results.add(key("dense", 1.0), {"macs": 1.0, **figures(dense, dense, task.metrics[0])})
-    for method in dict.fromkeys(name for name, _ in missing):
+        results.add(key("dense", 1.0), {"macs": 1.0, **encoder.dense})
+    for method in dict.fromkeys(row for row, _ in missing):
         variant = variants[method]
         searches = variant.config.search_seconds > 0
         config = replace(variant.config, search_seconds=options.search_seconds) if searches else variant.config
         with variant.patch():
-            calibrated = calibrate(model, batches, method=variant.method, seed=seed, config=config)
-            for mu in (mu for name, mu in missing if name == method):
+            calibrated = calibrate(encoder.model, encoder.batches, method=variant.method, seed=seed, config=config)
+            for mu in (mu for row, mu in missing if row == method):
                 began = perf_counter()
-                pruned = calibrated.prune(Budget(mu, sum(lengths) / len(lengths)))
+                pruned = calibrated.prune(Budget(mu, encoder.length))
                 seconds = perf_counter() - began + sum(calibrated.seconds.values())
-                found = figures(judge(pruned.model), dense, task.metrics[0])
-                results.add(key(method, mu), {"macs": pruned.plan.ratio, **found, "seconds": round(seconds, 1)})
-
-
-def figures(found: Evaluation, dense: Evaluation, metric: str) -> Record:
-    """Main metric and divergence with their standard errors."""
-    assert found.logits is not None
-    assert dense.logits is not None
-    rows = np.concatenate([divergences(dense.logits[split], found.logits[split]) for split in dense.logits])
-    error = f"{metric}_stderr"
-    return {
-        metric: found.metrics[metric],
-        error: found.metrics[error],
-        "kl": float(rows.mean()),
-        "kl_stderr": float(rows.std() / len(rows) ** 0.5),
-    }
-
-
-def divergences(dense: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
-    """Kullback-Leibler divergence for each example, of answers from both ends; half squared distances of numbers."""
-    ours, theirs = (np.asarray(logits, dtype=np.float64) for logits in (dense, other))
-    if ours.shape[1] == 1:  # scores, or cosines of sentence pairs
-        distances: NDArray[np.float64] = np.square(ours - theirs).reshape(-1) / 2
-        return distances
-    hidden = np.isnan(ours)  # behind the end of a window
-    ours, theirs = (log_softmax(np.where(hidden, -1e4, logits), axis=1) for logits in (ours, theirs))
-    rows: NDArray[np.float64] = (np.exp(ours) * (ours - theirs)).reshape(len(ours), ours.shape[1], -1).sum(axis=(1, 2))
-    return rows
+                found = {"macs": pruned.plan.ratio, **encoder.judge(pruned.model), "seconds": round(seconds, 1)}
+                results.add(key(method, mu), found)
 
 
 def table(rows: list[Record], column: str, options: argparse.Namespace) -> str:
@@ -178,7 +134,7 @@ def compare(variants: Mapping[str, Variant], description: str | None) -> None:
     results = Results.read(options.output)
     for seed in options.seeds:
         run_seed(options, seed, results, variants)
-    rows = results.of(options.model_name, {"task": options.task_name, "samples": options.sample_batch_size})
+    rows = results.of(options.model_name, shared(options))
     metric = get_task(options.task_name).metrics[0]
     dense = [row for row in rows if row["method"] == "dense"]
     print(

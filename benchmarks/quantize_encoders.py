@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.pruning import encoder_options
+from benchmarks.encoders import encoder_options
 from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.commands.locate import load_model

@@ -21,21 +21,16 @@ from time import perf_counter
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.pruning import encoder_options, figures
+from benchmarks.encoders import read_encoder
 from benchmarks.quantization import BATCH, LENGTH, read_subject
 from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import quiet_libraries, say
-from shrinkformer.commands.locate import find_model, load_model, load_tokenizer, model_class
-from shrinkformer.commands.prune_bert import read_data
 from shrinkformer.commands.prune_opt import as_batches
 from shrinkformer.commands.pruning import round_weights
-from shrinkformer.dataset.encoding import padded_batches
-from shrinkformer.dataset.tasks import get_task
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.errors import BudgetError
-from shrinkformer.evaluate.evaluation import Evaluation, evaluate_model
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.result import Pruned
@@ -75,26 +70,13 @@ class Case:
     judge: Callable[[PreTrainedModel], Record]
 
 
-def read_encoder(options: argparse.Namespace, seed: int) -> Case:
+def encoder_case(options: argparse.Namespace, seed: int) -> Case:
     """An encoder and its task."""
-    settings = encoder_options(options, seed)
-    task = get_task(settings.task_name)
-    source = find_model(settings.model_name, task)
-    tokenizer = load_tokenizer(source)
-    calibration, splits = read_data(settings, task, source, tokenizer)
-    batches = [batch for _, batch in padded_batches(calibration.features, tokenizer, settings.batch_size)]
-    lengths = [length for split in splits.values() for length in split.lengths]
-    model, _ = load_model(source, model_class(source, task), "cpu", torch.float32)
-
-    def evaluate(judged: PreTrainedModel) -> Evaluation:
-        return evaluate_model(judged, tokenizer, task, splits, batch_size=settings.batch_size, keep_logits=True)
-
-    dense = evaluate(model)
-    size, length = folder_bytes(source.location), sum(lengths) / len(lengths)
-    return Case(model, size, batches, length, lambda judged: figures(evaluate(judged), dense, task.metrics[0]))
+    found = read_encoder(options, seed)
+    return Case(found.model, folder_bytes(found.folder), found.batches, found.length, found.judge)
 
 
-def read_decoder(options: argparse.Namespace, seed: int) -> Case:
+def decoder_case(options: argparse.Namespace, seed: int) -> Case:
     """A language model and the three corpora."""
     subject = read_subject(options.model_name, options)
     batches = as_batches(subject.calibrate(seed), BATCH)
@@ -111,7 +93,7 @@ def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
     missing = [(name, ratio) for ratio in options.ratios for name in names if not results.has(key(name, ratio))]
     if not missing:
         return
-    case = (read_encoder if options.task_name else read_decoder)(options, seed)
+    case = (encoder_case if options.task_name else decoder_case)(options, seed)
     config = QuantizeConfig(group_size=options.group_size, scale_dtype=torch.float16)
     compressor = learn_bytes(
         case.model,

@@ -90,12 +90,17 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
 
 
 def read_data(
-    options: EncoderOptions, task: Task, source: Source, tokenizer: Any
+    options: EncoderOptions, task: Task, source: Source, tokenizer: Any, *, evaluation_examples: int | None = None
 ) -> tuple[Encoded, Mapping[str, Encoded]]:
-    """The calibration examples, and the evaluation examples by split."""
+    """The calibration examples, and the evaluation examples by split; if asked for, so many, taken from everywhere."""
 
     def read(split: str) -> datasets.Dataset:
         return load_split(task, split, data_dir=options.data_dir, bundled=options.bundled_data)
+
+    def read_some(split: str) -> datasets.Dataset:
+        rows = read(split)
+        some = min(len(rows), evaluation_examples or len(rows))
+        return rows.select([number * len(rows) // some for number in range(some)])
 
     own = options.calibration_file
     pool = read("train") if own is None else load_examples(own, task)
@@ -104,7 +109,7 @@ def read_data(
         pool, task, tokenizer, size=options.sample_batch_size, seed=options.seed, max_length=longest
     )
     evaluation = {
-        split: encode(read(split), task, tokenizer, max_length=longest)
+        split: encode(read_some(split), task, tokenizer, max_length=longest)
         for split in evaluation_splits(task, options.data_dir, options.bundled_data)
     }
     return calibration, evaluation
