@@ -52,7 +52,7 @@ def test_surgery_equals_a_masked_model(family: str, attention: str, batches: lis
 @each_family
 def test_full_budget_keeps_the_logits_exactly(family: str, batches: list[dict[str, Any]]) -> None:
     model = build_model(family)
-    pruned = prune_model(model, batches, mu=1.0)
+    pruned = prune_model(model, batches, mu=1.0, method="stat-bias")
     assert pruned.plan.ratio == 1
     assert torch.equal(outputs(pruned.model, batches[0]), outputs(model, batches[0]))
 
@@ -62,7 +62,7 @@ def test_every_step_from_dense_to_reloaded(
     family: str, head: str, batches: list[dict[str, Any]], tmp_path: Any
 ) -> None:
     model = build_model(family, head)
-    pruned = prune_model(model, batches, mu=0.5)
+    pruned = prune_model(model, batches, mu=0.5, method="stat-bias")
     assert 0.4 < pruned.plan.ratio <= 0.5
     save(pruned.model, tmp_path / "small", plan=pruned.plan)
     for attention in ("eager", "sdpa"):
@@ -76,7 +76,9 @@ def test_every_step_from_dense_to_reloaded(
 def test_a_pruned_model_is_ordinary_input(family: str, batches: list[dict[str, Any]], tmp_path: Any) -> None:
     once = prune_model(build_model(family), batches, mu=0.7, method="stat-bias")
     save(once.model, tmp_path / "once", plan=once.plan)
-    again = calibrate(load(tmp_path / "once"), batches).prune(Budget(0.6, once.plan.sequence_length))
+    again = calibrate(load(tmp_path / "once"), batches, method="stat-bias").prune(
+        Budget(0.6, once.plan.sequence_length)
+    )
     assert again.plan.dense_macs == pytest.approx(once.plan.macs)
     assert again.plan.ratio <= 0.6
     save(again.model, tmp_path / "twice", plan=again.plan)

@@ -61,7 +61,7 @@ AUTO = {
 
 @pytest.fixture
 def pruned(batches: list[dict[str, Any]]) -> Pruned:
-    return prune_model(build_model(), batches, mu=0.5)
+    return prune_model(build_model(), batches, mu=0.5, method="stat-bias")
 
 
 def outputs_by_attention(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -91,7 +91,7 @@ def run_elsewhere(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loads_where_this_package_is_not_installed(family: str, tmp_path: Path, batches: list[dict[str, Any]]) -> None:
     head = list(AUTO)[list(FAMILIES).index(family) % len(AUTO)]
-    result = prune_model(build_model(family, head), batches, mu=0.5)
+    result = prune_model(build_model(family, head), batches, mu=0.5, method="stat-bias")
     expected = outputs_by_attention(result.model, batches[0])
     run_elsewhere(ELSEWHERE, result, AUTO[head], batch=batches[0], expected=expected, folder=tmp_path)
 
@@ -100,7 +100,7 @@ def test_loads_where_this_package_is_not_installed(family: str, tmp_path: Path, 
 def test_decoders_generate_where_this_package_is_not_installed(
     family: str, tmp_path: Path, batches: list[dict[str, Any]]
 ) -> None:
-    result = prune_model(build_model(family), batches, mu=0.5)
+    result = prune_model(build_model(family), batches, mu=0.5, method="stat-bias")
     expected = outputs_by_attention(result.model, batches[0])
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -206,7 +206,7 @@ def test_a_config_that_names_something_else_is_refused(pruned: Pruned, tmp_path:
 
 
 def test_pipelines_take_it(tmp_path: Path, batches: list[dict[str, Any]], caplog: pytest.LogCaptureFixture) -> None:
-    result = prune_model(build_model(), batches, mu=0.5)
+    result = prune_model(build_model(), batches, mu=0.5, method="stat-bias")
     folder = save(result.model, tmp_path / "small", tokenizer=build_tokenizer())
     with caplog.at_level("WARNING", logger="transformers"):
         answer = pipeline("text-classification", model=str(folder), trust_remote_code=True)("the cat sees a dog")

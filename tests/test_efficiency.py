@@ -98,7 +98,7 @@ class TestMacs:
         dense = build_model(family, attn_implementation=attention)
         assert layer_views(dense)[0].queries == (2 if family in GROUPED else 1)
         calibration = make_batches([3 + index % 18 for index in range(48)], batch_size=8)
-        pruned = prune_model(dense, calibration, mu=0.5, sequence_length=13)
+        pruned = prune_model(dense, calibration, mu=0.5, sequence_length=13, method="stat-bias")
         for model in (dense, pruned.model):
             sizes = layer_sizes(layer_views(model))
             assert count_matmul_macs(model, batch(2, 13)) == 2 * model_macs(sizes, 32, 13)

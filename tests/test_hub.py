@@ -104,5 +104,6 @@ def test_a_model_comes_from_the_hub(endpoint: str, tmp_path: Path) -> None:
     (line,) = (tmp_path / "output/tester/tiny-bert/sst2.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert record["model_name"] == "tester/tiny-bert"
+    assert record["method"] == "shrink"  # the default
     assert record["ratio"]["macs"] <= 0.5
     assert (tmp_path / "output/tester/tiny-bert/sst2-mu0.5/model.safetensors").is_file()

@@ -80,7 +80,7 @@ def test_a_file_gives_the_models_outputs(family: str, head: str, scheme: Scheme,
 def test_pruned_and_half_precision_models_and_large_files(
     tmp_path: Path, batches: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = prune_model(build_model("opt", num_hidden_layers=2), batches, mu=0.6).model
+    model = prune_model(build_model("opt", num_hidden_layers=2), batches, mu=0.6, method="stat-bias").model
     weights = quantize(model, Scheme(4, 32))
     assert any(weight.codes.shape[1] % 16 for weight in weights.values()), "no ragged group among the weights"
     path = tmp_path / "model.onnx"

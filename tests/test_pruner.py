@@ -97,9 +97,9 @@ def test_refit_beats_slicing_and_bias_helps(batches: list[dict[str, Any]]) -> No
 
 def test_one_calibration_serves_every_budget(batches: list[dict[str, Any]]) -> None:
     model = build_model()
-    calibrated = calibrate(model, batches)
+    calibrated = calibrate(model, batches, method="stat-bias")
     for mu in (0.4, 0.8):
-        alone = prune_model(model, batches, mu=mu, sequence_length=16)
+        alone = prune_model(model, batches, mu=mu, sequence_length=16, method="stat-bias")
         together = calibrated.prune(Budget(mu, 16))
         assert together.plan == alone.plan
         assert all(
@@ -156,14 +156,14 @@ def test_the_stream_leaves_no_hook_behind_when_a_block_fails(batches: list[dict[
 
 
 def test_plan_survives_json(batches: list[dict[str, Any]]) -> None:
-    plan = prune_model(build_model(), batches, mu=0.5).plan
+    plan = prune_model(build_model(), batches, mu=0.5, method="stat-bias").plan
     assert Plan.from_json(plan.to_json()) == plan
     assert json.loads(plan.to_json())["mu"] == 0.5
 
 
 def test_labels_are_not_needed_and_do_not_matter(batches: list[dict[str, Any]]) -> None:
     labelled = [{**batch, "labels": torch.zeros(len(batch["input_ids"]), dtype=torch.long)} for batch in batches]
-    plans = [prune_model(build_model(), some, mu=0.5).plan for some in (batches, labelled)]
+    plans = [prune_model(build_model(), some, mu=0.5, method="stat").plan for some in (batches, labelled)]
     assert plans[0] == plans[1]
 
 
@@ -171,7 +171,7 @@ def test_broken_weights_are_named(batches: list[dict[str, Any]]) -> None:
     model = build_model()
     layer_views(model)[1].feed_forward_output.weight.data[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="NaN or infinity"):
-        prune_model(model, batches, mu=0.5)
+        prune_model(model, batches, mu=0.5, method="stat-bias")
 
 
 def test_unknown_method() -> None:
@@ -181,5 +181,8 @@ def test_unknown_method() -> None:
 
 @pytest.mark.gpu
 def test_cuda_gives_the_same_plan(batches: list[dict[str, Any]]) -> None:
-    plans = [prune_model(build_model().double().to(device), batches, mu=0.5).plan for device in ("cpu", "cuda")]
+    plans = [
+        prune_model(build_model().double().to(device), batches, mu=0.5, method="stat-bias").plan
+        for device in ("cpu", "cuda")
+    ]
     assert kept(plans[0]) == kept(plans[1])

@@ -91,7 +91,7 @@ class TestDecoder:
     def test_an_interrupted_run_is_taken_up(
         self, inside: Path, data: Path, monkeypatch: pytest.MonkeyPatch, mu: str, memory: tuple[str, ...]
     ) -> None:
-        arguments = ("--bits", "4", "--group_size", "8", "--mu", mu, *memory)
+        arguments = ("--bits", "4", "--group_size", "8", "--mu", mu, "--method", "stat", *memory)
         assert quantize(data, *arguments, "--output_dir", "whole") == 0
         monkeypatch.setattr(QuantizedBlocks, "write", _write_then_stop)
         with pytest.raises(_StoppedError):
@@ -109,8 +109,8 @@ class TestDecoder:
     @pytest.mark.parametrize(("quantizer", "tolerance"), [("gptq", 2e-3), ("shrink", 5e-2)])  # shrink: no backward pass
     def test_block_by_block_is_the_same(self, inside: Path, data: Path, quantizer: str, tolerance: float) -> None:
         for index, memory in enumerate(((), SMALL)):
-            arguments = ("--bits", "4", "--group_size", "8", "--mu", "1", "0.7", "--quantizer", quantizer, *memory)
-            assert quantize(data, *arguments, "--output_dir", f"out{index}") == 0
+            arguments = ("--bits", "4", "--group_size", "8", "--mu", "1", "0.7", "--method", "stat", *memory)
+            assert quantize(data, *arguments, "--quantizer", quantizer, "--output_dir", f"out{index}") == 0
         for whole, streamed in zip(read_records(Path("out0")), read_records(Path("out1")), strict=True):
             for name, value in whole["quantized"]["metrics"].items():
                 if not name.endswith("_stderr"):

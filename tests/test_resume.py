@@ -19,12 +19,14 @@ from tests.conftest import ROOT, build_model, make_batches
 
 def test_resuming_gives_the_same_plan_and_repeats_only_one_block(batches: list[dict[str, Any]], tmp_path: Path) -> None:
     model = build_model()
-    expected = calibrate(model, batches).prune(Budget(0.5, 16)).plan
+    expected = calibrate(model, batches, method="stat-bias").prune(Budget(0.5, 16)).plan
     key = fingerprint(model, batches)
 
     broken = layer_views(model)[2].feed_forward_output.module.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        calibrate(model, batches, resources=Resources(store=BlockStore(tmp_path, key, resume=False)))
+        calibrate(
+            model, batches, resources=Resources(store=BlockStore(tmp_path, key, resume=False)), method="stat-bias"
+        )
     broken.remove()
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["block0000.safetensors", "block0001.safetensors"]
 
@@ -32,14 +34,17 @@ def test_resuming_gives_the_same_plan_and_repeats_only_one_block(batches: list[d
     store = BlockStore(tmp_path, key, resume=True)
     write = store.write
     store.write = lambda block, moments: (written.append(block), write(block, moments))[1]  # type: ignore[method-assign]
-    assert calibrate(model, batches, resources=Resources(store=store)).prune(Budget(0.5, 16)).plan == expected
+    assert (
+        calibrate(model, batches, resources=Resources(store=store), method="stat-bias").prune(Budget(0.5, 16)).plan
+        == expected
+    )
     assert written == [2]
 
 
 def test_other_weights_or_examples_are_refused(batches: list[dict[str, Any]], tmp_path: Path) -> None:
     model = build_model()
     store = BlockStore(tmp_path, fingerprint(model, batches), resume=False)
-    calibrate(model, batches, resources=Resources(store=store))
+    calibrate(model, batches, resources=Resources(store=store), method="stat-bias")
     others = [fingerprint(build_model(seed=1), batches), fingerprint(model, make_batches([5, 6], batch_size=2))]
     for key in others:
         with pytest.raises(InputError, match=r"--resume: .* other weights, calibration examples or options"):
@@ -70,7 +75,7 @@ def write_then_die(block, moments):
     if block == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 store.write = write_then_die
-calibrate(model, batches, resources=Resources(store=store))
+calibrate(model, batches, resources=Resources(store=store), method="stat-bias")
 """
 
 
@@ -80,4 +85,7 @@ def test_a_killed_process_leaves_whole_blocks(tmp_path: Path) -> None:
     model, batches = build_model(), make_batches([5, 9, 7], batch_size=3)
     store = BlockStore(tmp_path, fingerprint(model, batches), resume=True)
     assert [store.read(block, model.device) is not None for block in range(3)] == [True, True, False]
-    assert calibrate(model, batches, resources=Resources(store=store)).prune(Budget(0.5, 9)).plan.ratio <= 0.5
+    assert (
+        calibrate(model, batches, resources=Resources(store=store), method="stat-bias").prune(Budget(0.5, 9)).plan.ratio
+        <= 0.5
+    )

@@ -38,6 +38,7 @@ from tests.test_prune_opt import Main, call, checkpoint, kept, read_plan, read_r
 Commands = list[tuple[Main, list[str]]]
 
 SMALL = ("--max_memory", "0.00001")  # GiB: nothing fits
+RANKED = ("--method", "stat")  # works block by block
 DECODERS = [family for family in FAMILIES if family not in ENCODERS]
 
 
@@ -285,13 +286,13 @@ class TestPython:
     def test_a_model_that_was_never_whole(self, family: str, tmp_path: Path, batches: list[dict[str, Any]]) -> None:
         model = build_model(family)
         model.save_pretrained(tmp_path / "dense")
-        expected = prune_model(model, batches, mu=0.5)
+        expected = prune_model(model, batches, mu=0.5, method="stat-bias")
         shrinkformer.save(expected.model, tmp_path / "expected", plan=expected.plan)
 
         lazy, weights = load_lazily(AutoModelForCausalLM, str(tmp_path / "dense"), dtype=torch.float32)
         store = BlockStore(tmp_path / "store", fingerprint(lazy, batches), resume=False)
         resources = Resources(weights, Offload(tmp_path / "spill", limit=0), store, ALONE)
-        calibrated = calibrate(lazy, batches, resources=resources)
+        calibrated = calibrate(lazy, batches, resources=resources, method="stat-bias")
         assert calibrated.statistics is not None
         assert not calibrated.statistics.layers
         budget = Budget(0.5, expected.plan.sequence_length)
@@ -305,7 +306,7 @@ class TestPython:
     def test_weights_are_stored_in_the_type_that_was_asked_for(
         self, tmp_path: Path, batches: list[dict[str, Any]]
     ) -> None:
-        calibrated = calibrate(build_model("opt"), batches)
+        calibrated = calibrate(build_model("opt"), batches, method="stat-bias")
         prune_to_folder(calibrated, Budget(0.5, 12), tmp_path / "small", dtype=torch.bfloat16)
         assert {tensor.dtype for tensor in weights_in(tmp_path / "small").values()} == {torch.bfloat16}
         assert shrinkformer.load(tmp_path / "small").dtype == torch.bfloat16
@@ -372,12 +373,12 @@ def share_calibration(rank: int, size: int, port: int, folder: Path) -> None:
         for family in ("opt", "llama"):
             model = build_model(family).double()
             resources = Resources(workers=workers)
-            alone = calibrate(model, batches).prune(budget)
-            together = calibrate(model, batches, resources=resources).prune(budget)
+            alone = calibrate(model, batches, method="stat-bias").prune(budget)
+            together = calibrate(model, batches, resources=resources, method="stat-bias").prune(budget)
             assert kept(together.plan) == kept(alone.plan)
             for found, expected in zip(together.model.parameters(), alone.model.parameters(), strict=True):
                 torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-            calibrated = calibrate(model, batches, resources=resources)
+            calibrated = calibrate(model, batches, resources=resources, method="stat-bias")
             prune_to_folder(calibrated, budget, folder / family, dtype=torch.float64)  # the main process writes
             workers.barrier()
             reloaded = shrinkformer.load(folder / family)
@@ -394,7 +395,8 @@ def work_together(rank: int, size: int, ports: list[int], folder: Path, commands
 
 class TestProcesses:
     def test_two_give_the_results_of_one(self, tmp_path: Path, data_dir: Path, encoder_data: Path) -> None:
-        decoder, encoder = decoder_command(tmp_path, data_dir), encoder_command(tmp_path, encoder_data)
+        decoder = [*decoder_command(tmp_path, data_dir), *RANKED]
+        encoder = [*encoder_command(tmp_path, encoder_data), *RANKED]
         commands: Commands = [
             (prune_opt.main, [*decoder, *SMALL]),
             (prune_opt.main, [*decoder, "--batch_size", "100"]),  # one batch: the other process has no share
@@ -411,6 +413,7 @@ class TestProcesses:
         main, arguments = prune_opt.main, decoder_command(tmp_path, data_dir)
         if script == "prune_bert.py":
             main, arguments = prune_bert.main, encoder_command(tmp_path, encoder_data)
+        arguments.extend(RANKED)
         run_all([(main, arguments)], tmp_path / "one")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         done = subprocess.run(

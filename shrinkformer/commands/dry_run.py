@@ -13,6 +13,9 @@ from shrinkformer.commands.options import PruneOptions
 from shrinkformer.efficiency.size import count_parameters
 from shrinkformer.prune.allocation import allocate_uniformly
 from shrinkformer.prune.budget import Budget, CostModel
+from shrinkformer.prune.curves import POINTS
+from shrinkformer.prune.damage import FEW_TOKENS
+from shrinkformer.prune.regression import RIDGES
 from shrinkformer.prune.stream import count_tokens
 
 if TYPE_CHECKING:
@@ -65,12 +68,18 @@ def describe(
             f"{budget.sequence_length:.2f} tokens; for instance {sum(even.heads)} heads and {sum(even.neurons):,} "
             f"neurons; about {kept / 1e6:.1f} M parameters, {kept * source.dtype.itemsize / 1e6:.1f} MB"
         )
-    seconds = _calibration_flops(model, tokens) / _flops_per_second()
-    lines += [
-        _memory(footprint, limit),
-        f"time: calibration and selection about {seconds:.0f} s here, evaluation not counted",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, _memory(footprint, limit), _time(model, tokens, options)])
+
+
+def _time(model: PreTrainedModel, tokens: int, options: PruneOptions) -> str:
+    rate, flops = _flops_per_second(), _calibration_flops(model, tokens)
+    if not options.shrinks:
+        return f"time: calibration and selection about {flops / rate:.0f} s here, evaluation not counted"
+    first, fits = (flops + _curves_flops(model, tokens)) / rate, _refit_flops(model, tokens) / rate
+    return (
+        f"time: calibration and selection about {first:.0f} s here; for each budget a search of at most "
+        f"{options.search_seconds:g} s (--search_seconds) and fits of about {fits:.0f} s; evaluation not counted"
+    )
 
 
 def _memory(footprint: Footprint, limit: float) -> str:
@@ -93,6 +102,26 @@ def _calibration_flops(model: PreTrainedModel, tokens: int) -> float:
         total += tokens * (neurons**2 + 2 * inner**2)
         total += 2 * (neurons**3 + 2 * neurons**2 * hidden)
     return total
+
+
+def _curves_flops(model: PreTrainedModel, tokens: int) -> float:
+    """A pass backward, and one from every block on for every point of its curves."""
+    views = layer_views(model)
+    weights = [block_weights(view.heads, view.neurons, view) for view in views]
+    passes = sum(POINTS * sum(weights[view.index :]) for view in views)
+    return 2 * (min(tokens, FEW_TOKENS) * passes + 3 * tokens * sum(weights))
+
+
+def _refit_flops(model: PreTrainedModel, tokens: int) -> float:
+    """Two fits of all layers: three passes of two models, sums of products, and factors for every strength."""
+    total = 0.0
+    for view in layer_views(model):
+        hidden, inner, neurons = view.hidden_size, view.attention_output.in_features, view.neurons
+        inputs = ((hidden, 3 * inner), (inner, hidden), (hidden, neurons), (neurons, hidden))
+        total += 2 * tokens * 3 * 2 * block_weights(view.heads, view.neurons, view)
+        total += sum(2 * tokens * one * (one + other) for one, other in inputs)
+        total += sum((2 * len(RIDGES) + 1) * 2 * (one**3 / 3 + 2 * one**2 * other) for one, other in inputs)
+    return 2 * total
 
 
 def _flops_per_second() -> float:

@@ -180,7 +180,6 @@ class DecoderOptions(EvaluationOptions, PruneOptions):
     mu: tuple[float, ...] = option(
         (0.7,), "fraction of MACs that stays; several values share one calibration", nargs="+"
     )
-    method: str = option("stat", f"pruning method: {', '.join(METHOD_NAMES)}")  # shrink is not measured here yet
     sample_batch_size: int = option(128, "number of calibration windows")
     batch_size: int = option(8, "windows per forward pass; changes speed and memory, not results")
     calibration_file: Path | None = option(None, "own calibration text instead of --task's: UTF-8")

@@ -180,6 +180,7 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
         job.sequence_length,
         job.dtype,
         quantizes=options.quantizes,
+        shrinks=options.shrinks,
     )
     limit = available_bytes(job.device) * 0.8 if options.max_memory is None else options.max_memory * GIB
     lazily = job.workers.broadcast(footprint.resident > limit)  # what is free differs from moment to moment

@@ -21,6 +21,9 @@ _SHARES = {
 }
 """Where curves are measured; damage grows fast where little is left."""
 
+POINTS = sum(map(len, _SHARES.values()))
+"""Measurements for one block."""
+
 _LEAST = 1e-7
 
 

@@ -20,7 +20,8 @@ TOKENS = 16_384
 FEW_TOKENS = 2_048
 """Tokens that are enough for the curves of single parts."""
 
-_KEPT_NUMBERS = 1.5e8  # of the dense model's log-probabilities; large vocabularies get fewer tokens
+KEPT_NUMBERS = 1.5e8
+"""Probabilities of the dense model that are kept; large vocabularies get fewer tokens."""
 
 
 class Damage:
@@ -40,7 +41,7 @@ class Damage:
     ) -> None:
         self._model, self._workers, self._device = model, workers, model.device
         if model.can_generate():  # every token is a prediction, and a long one
-            tokens = min(tokens // 2, int(_KEPT_NUMBERS / model.config.vocab_size))
+            tokens = min(tokens // 2, int(KEPT_NUMBERS / model.config.vocab_size))
         self._share = workers.share(spread(batches, max(1, tokens)))
         self.start()
         blocks = [view.block for view in layer_views(model)]

@@ -23,7 +23,8 @@ from shrinkformer.prune.surgery import Weights, rebuild
 Filling = dict[str, Weights]
 Key = TypeVar("Key")
 
-_REMEMBERED = 4  # of each sublayer: its weights in float64
+REMEMBERED = 4
+"""Sizes of each sublayer whose weights are kept, in float64."""
 
 
 @dataclass
@@ -163,7 +164,7 @@ class BlockLevels:
 def _recent(kept: dict[Key, Filling], key: Key, make: Callable[[], Filling]) -> Filling:
     """What was made for a key, if that was not long ago; a search asks for the same few sizes again and again."""
     if key not in kept:
-        if len(kept) == _REMEMBERED:
+        if len(kept) == REMEMBERED:
             del kept[next(iter(kept))]
         kept[key] = make()
     return kept[key]

@@ -248,7 +248,7 @@ class Obs:
 SHRINK, KWON, KPRUNE = WHOLE_MODEL = ("shrink", "kwon", "kprune")
 """Our own method, and others that measure a model as a whole; they have modules of their own."""
 
-DEFAULT_METHOD = "stat-bias"
+DEFAULT_METHOD = SHRINK
 
 METHODS: dict[str, Method] = {
     method.name: method
