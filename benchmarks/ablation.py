@@ -63,7 +63,8 @@ class SizesOfStat:
         rankings = [
             rank_block(stat, level.view, LayerMoments(level.contexts, level.neurons), seed=0) for level in self._levels
         ]
-        return Found(self._costs.sizes(stat.allocate(rankings, self._costs)), 0.0)
+        sizes = self._costs.sizes(stat.allocate(rankings, self._costs))
+        return Found(sizes, 0.0, sizes)
 
 
 def no_refit(_model: object, blocks: Sequence[object], *_: Any, **__: Any) -> list[RefitErrors]:

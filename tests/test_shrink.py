@@ -1,5 +1,6 @@
 """The parts of the method ``shrink`` against oracles, and what the whole of it promises."""
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -24,7 +25,7 @@ from shrinkformer.prune.projections import Projected, fold_projected, matching_b
 from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.regression import Sums, ridge_regression
 from shrinkformer.prune.samples import hold_out, spread
-from shrinkformer.prune.search import Search
+from shrinkformer.prune.search import Found, Search
 from shrinkformer.prune.sensitivity import ATTENTION, learn_sensitivity
 from shrinkformer.prune.sequential import RefitErrors
 from shrinkformer.prune.shrink import ShrinkConfig, Shrinker, learn
@@ -257,16 +258,33 @@ def test_what_is_nearer_to_the_dense_model_wins() -> None:
     learnt = learn(build_model("bert", initializer_range=0.3), BATCHES, QUICK)
     budget = Budget(0.5, 16.0)
     pruned = learnt.prune(budget)
-    assert pruned.plan.divergences == {
-        "shrink": pytest.approx(learnt.judge.of(pruned.model), rel=0.5),  # made from more examples in the end
-        "stat": pytest.approx(learnt.judge.of(learnt.rival.prune(budget).model)),
-    }
+    assert set(pruned.plan.divergences) == {"shrink", "stat"}  # no search, so there is no other plan of ours
+    assert pruned.plan.divergences["stat"] == pytest.approx(learnt.judge.of(learnt.rival.prune(budget).model))
+    assert 0 < learnt.judge.of(pruned.model) < pruned.plan.divergences["shrink"]  # those examples help in the end
     assert pruned.plan.method == "shrink"
     with mock.patch("shrinkformer.prune.shrink.refit_blocks", spoil):
         rescued = learnt.prune(budget)
     assert rescued.plan.method == "stat"
     assert rescued.plan.divergences["stat"] == pruned.plan.divergences["stat"] < rescued.plan.divergences["shrink"]
     assert rescued.plan.ratio <= 0.5
+
+
+def test_a_search_that_went_astray_costs_nothing() -> None:
+    learnt = learn(build_model("bert"), BATCHES, QUICK)
+    expected = learnt.prune(Budget(0.5, 16.0))
+
+    def astray(search: Search) -> Found:
+        found = FIRST_PLAN(search)
+        return replace(found, sizes=[replace(size, neurons=1) for size in found.sizes])
+
+    with mock.patch.object(Search, "run", astray):
+        pruned = learnt.prune(Budget(0.5, 16.0))
+    assert set(pruned.plan.divergences) == {"shrink", "shrink, first plan", "stat"}
+    assert pruned.plan.divergences["shrink"] > pruned.plan.divergences["shrink, first plan"]
+    assert (pruned.plan.method, pruned.plan.layers) == ("shrink", expected.plan.layers)
+
+
+FIRST_PLAN = Search.run
 
 
 def spoil(model: Any, blocks: Any, *_: Any, **__: Any) -> list[RefitErrors]:

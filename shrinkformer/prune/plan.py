@@ -40,7 +40,7 @@ class Plan:
         macs: MACs of the model after pruning.
         layers: One entry per block, first to last.
         divergences: Where several models were made, how far each is from the dense one on examples that none of them
-            was made from, by method; ``method`` is the nearest.
+            was made from, by method; the nearest was taken.
         budget: What ``mu`` is a fraction of: ``macs``, or ``latency`` on the machine where it was pruned.
     """
 

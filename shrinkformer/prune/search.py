@@ -38,10 +38,12 @@ class Found:
     Attributes:
         sizes: Of the blocks.
         damage: On the examples, before any refit to the pruned model.
+        first: Sizes of the first plan, from curves alone.
     """
 
     sizes: list[LayerSize]
     damage: float
+    first: list[LayerSize]
 
 
 class Search:
@@ -79,7 +81,8 @@ class Search:
             BudgetError: The budget is below what every block must keep.
         """
         if self._costs.budget.mu == 1:
-            return Found([level.size for level in self._levels], 0.0)
+            dense = [level.size for level in self._levels]
+            return Found(dense, 0.0, dense)
         groups = [
             group
             for curves, level in zip(self._curves, self._levels, strict=True)
@@ -128,7 +131,7 @@ class Search:
 
     def _improve(self, sizes: list[LayerSize]) -> Found:
         """Change what measurably helps, several parts at once, as long as that is worth the time."""
-        began, step, sweeps = perf_counter(), 0.25, 0
+        began, step, sweeps, first = perf_counter(), 0.25, 0, sizes
         blocks = self._build(sizes)
         least = self._damage.of(blocks)
         self._say(f"measured divergence {least:.5f}")
@@ -143,7 +146,7 @@ class Search:
             self._say(f"round {sweeps}: divergence {least:.5f}")
             if least > before * (1 - _WORTHWHILE):
                 break
-        return Found(sizes, least)
+        return Found(sizes, least, first)
 
     def _attempt(
         self, groups: Sequence[Sequence[Option[LayerSize]]], sizes: list[LayerSize], least: float

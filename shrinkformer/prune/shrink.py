@@ -34,6 +34,9 @@ from shrinkformer.prune.surgery import with_blocks
 RIVAL = "stat"
 """The method that is taken where it does better."""
 
+UNSEARCHED = f"{SHRINK}, first plan"
+"""So is the plan from before the search: what is least damage before the refits need not be the least after them."""
+
 PLENTY = 65_536
 """Tokens beyond which an eighth more is not worth another fit."""
 
@@ -114,17 +117,20 @@ class Shrinker:
                 workers=self.resources.workers,
             )
             found = search.run()
+        plans = {SHRINK: found.sizes} if found.first == found.sizes else {SHRINK: found.sizes, UNSEARCHED: found.first}
         with timed(seconds, "refit"):
-            ours = self._refitted(costs, found.sizes, self.batches)
+            candidates = {name: self._refitted(costs, sizes, self.batches) for name, sizes in plans.items()}
         with timed(seconds, "safety"):
-            candidates = [ours] if self.latency else [ours, self.rival.prune(budget)]
-            divergences = {made.plan.method: self.judge.of(made.model) for made in candidates}
+            if self.latency is None:
+                candidates[RIVAL] = self.rival.prune(budget)
+            divergences = {name: self.judge.of(made.model) for name, made in candidates.items()}
         shown = ", ".join(f"{name} {value:.5f}" for name, value in divergences.items())
         self.config.say(f"divergence on examples set aside: {shown}")
-        best = min(candidates, key=lambda made: divergences[made.plan.method])
-        if best is ours and self._are_few:  # those that have judged help now
+        name = min(divergences, key=divergences.__getitem__)
+        best = candidates[name]
+        if name in plans and self._are_few:  # those that have judged help now
             with timed(seconds, "refit"):
-                best = self._refitted(costs, found.sizes, together(self.batches, self.aside))
+                best = self._refitted(costs, plans[name], together(self.batches, self.aside))
         return Pruned(best.model, replace(best.plan, divergences=divergences), seconds)
 
     def prune_to(self, sizes: Sequence[LayerSize], sequence_length: float) -> Pruned:
