@@ -112,19 +112,24 @@ def table(rows: list[Record], column: str, options: argparse.Namespace) -> str:
 
 
 def draw(rows: list[Record], metric: str, options: argparse.Namespace) -> None:
-    """The metric over the fraction of MACs, a curve for each method."""
+    """The metric and the divergence over the fraction of MACs, a curve for each method."""
     from matplotlib import pyplot  # only for those who want a picture
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for method in options.methods:
-        points = {mu: [row[metric] for row in rows if (row["method"], row["mu"]) == (method, mu)] for mu in options.mu}
-        means = {mu: statistics.mean(values) for mu, values in points.items() if values}
-        axes.plot(list(means), list(means.values()), marker="o", markersize=3, label=method)
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, column in zip(panels, (metric, "kl"), strict=True):
+        for method in options.methods:
+            found = {
+                mu: [row[column] for row in rows if (row["method"], row["mu"]) == (method, mu)] for mu in options.mu
+            }
+            means = {mu: statistics.mean(values) for mu, values in found.items() if values}
+            axes.plot(list(means), list(means.values()), marker="o", markersize=3, label=method)
+        axes.set_xlabel("fraction of MACs")
     dense = statistics.mean(row[metric] for row in rows if row["method"] == "dense")
-    axes.axhline(dense, color="gray", linestyle="--", linewidth=1, label="dense")
-    axes.set(xlabel="fraction of MACs", ylabel=f"{options.task_name} {metric}")
-    axes.legend(fontsize=8)
-    figure.savefig(options.figure, dpi=120)
+    panels[0].axhline(dense, color="gray", linestyle="--", linewidth=1, label="dense")
+    panels[0].set_ylabel(f"{options.task_name} {metric}")
+    panels[1].set(ylabel="divergence from the dense model", yscale="log")
+    panels[0].legend(fontsize=8)
+    figure.savefig(options.figure, dpi=100)
 
 
 def compare(variants: Mapping[str, Variant], description: str | None) -> None:
