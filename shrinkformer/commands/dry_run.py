@@ -113,7 +113,7 @@ def _curves_flops(model: PreTrainedModel, tokens: int) -> float:
 
 
 def _refit_flops(model: PreTrainedModel, tokens: int) -> float:
-    """Two fits of all layers: three passes of two models, sums of products, and factors for every strength."""
+    """Fits of all layers to two plans, and to one again: passes of two models, sums of products, and factors."""
     total = 0.0
     for view in layer_views(model):
         hidden, inner, neurons = view.hidden_size, view.attention_output.in_features, view.neurons
@@ -121,7 +121,7 @@ def _refit_flops(model: PreTrainedModel, tokens: int) -> float:
         total += 2 * tokens * 3 * 2 * block_weights(view.heads, view.neurons, view)
         total += sum(2 * tokens * one * (one + other) for one, other in inputs)
         total += sum((2 * len(RIDGES) + 1) * 2 * (one**3 / 3 + 2 * one**2 * other) for one, other in inputs)
-    return 2 * total
+    return 3 * total
 
 
 def _flops_per_second() -> float:

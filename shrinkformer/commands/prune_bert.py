@@ -99,8 +99,9 @@ def read_data(
 
     def read_some(split: str) -> datasets.Dataset:
         rows = read(split)
-        some = min(len(rows), evaluation_examples or len(rows))
-        return rows.select([number * len(rows) // some for number in range(some)])
+        if evaluation_examples is None or evaluation_examples >= len(rows):
+            return rows
+        return rows.select([number * len(rows) // evaluation_examples for number in range(evaluation_examples)])
 
     own = options.calibration_file
     pool = read("train") if own is None else load_examples(own, task)
