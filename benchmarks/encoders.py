@@ -1,9 +1,8 @@
-"""An encoder, its task and a calibration sample, as the benchmarks of pruning and of bytes use them."""
+"""A dense model on a calibration sample, as the benchmarks of pruning and of bytes use it; how encoders get there."""
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,29 +17,30 @@ from shrinkformer.commands.options import EncoderOptions
 from shrinkformer.commands.prune_bert import read_data
 from shrinkformer.dataset.encoding import padded_batches
 from shrinkformer.dataset.tasks import get_task
+from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.evaluate.evaluation import Evaluation, evaluate_model
 from shrinkformer.prune.statistics import Batches
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Case:
     """A dense model on one calibration sample.
 
     Attributes:
         model: The model.
-        folder: Where it lies.
+        bytes: Of its checkpoint.
         batches: Calibration examples.
         length: At which MACs are counted.
-        dense: What the dense model reaches.
-        judge: Gives the main metric of a smaller model and its divergence from the dense one, with standard errors.
+        judge: Gives what a smaller model reaches and how far it is from the dense one.
+        dense: What the dense model reaches, where that is known.
     """
 
     model: PreTrainedModel
-    folder: Path
+    bytes: int
     batches: Batches
     length: float
-    dense: Record
     judge: Callable[[PreTrainedModel], Record]
+    dense: Record = field(default_factory=dict)
 
 
 def encoder_options(options: argparse.Namespace, seed: int) -> EncoderOptions:
@@ -49,7 +49,7 @@ def encoder_options(options: argparse.Namespace, seed: int) -> EncoderOptions:
     return EncoderOptions(**{name: getattr(options, name) for name in same}, seed=seed)
 
 
-def read_encoder(options: argparse.Namespace, seed: int) -> Encoder:
+def read_encoder(options: argparse.Namespace, seed: int) -> Case:
     """Read what a comparison's flags name, and evaluate the dense model."""
     settings = encoder_options(options, seed)
     task = get_task(settings.task_name)
@@ -70,7 +70,8 @@ def read_encoder(options: argparse.Namespace, seed: int) -> Encoder:
         return figures(evaluate(judged), dense, task.metrics[0])
 
     length = sum(lengths) / len(lengths)
-    return Encoder(model, Path(source.location), batches, length, figures(dense, dense, task.metrics[0]), judge)
+    size = folder_bytes(source.location)
+    return Case(model, size, batches, length, judge, figures(dense, dense, task.metrics[0]))
 
 
 def figures(found: Evaluation, dense: Evaluation, metric: str) -> Record:

@@ -13,15 +13,15 @@ appends one JSON line for each run to --output.
 import argparse
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.encoders import read_encoder
+from benchmarks.encoders import Case, read_encoder
 from benchmarks.quantization import BATCH, LENGTH, read_subject
 from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.architectures import layer_views
@@ -37,7 +37,6 @@ from shrinkformer.prune.result import Pruned
 from shrinkformer.prune.search import Search
 from shrinkformer.prune.shrink import ShrinkConfig
 from shrinkformer.prune.sites import OUTSIDE, POSITIONS
-from shrinkformer.prune.statistics import Batches
 from shrinkformer.quantize.byte_budget import Compressor, learn_bytes
 from shrinkformer.quantize.byte_costs import ATTENTION, FLOAT
 from shrinkformer.quantize.checkpoint import save
@@ -51,32 +50,7 @@ CHOSEN, WITH_POSITIONS = "target_ratio", ", positions too"
 _HALVINGS, _LESS = 8, 0.98
 
 
-@dataclass(frozen=True)
-class Case:
-    """A dense model on one calibration sample.
-
-    Attributes:
-        model: The model.
-        bytes: Of its checkpoint.
-        batches: Calibration examples.
-        length: At which MACs are counted.
-        judge: Gives what a smaller model loses.
-    """
-
-    model: PreTrainedModel
-    bytes: int
-    batches: Batches
-    length: float
-    judge: Callable[[PreTrainedModel], Record]
-
-
-def encoder_case(options: argparse.Namespace, seed: int) -> Case:
-    """An encoder and its task."""
-    found = read_encoder(options, seed)
-    return Case(found.model, folder_bytes(found.folder), found.batches, found.length, found.judge)
-
-
-def decoder_case(options: argparse.Namespace, seed: int) -> Case:
+def read_decoder(options: argparse.Namespace, seed: int) -> Case:
     """A language model and the three corpora."""
     subject = read_subject(options.model_name, options)
     batches = as_batches(subject.calibrate(seed), BATCH)
@@ -93,7 +67,7 @@ def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
     missing = [(name, ratio) for ratio in options.ratios for name in names if not results.has(key(name, ratio))]
     if not missing:
         return
-    case = (encoder_case if options.task_name else decoder_case)(options, seed)
+    case = (read_encoder if options.task_name else read_decoder)(options, seed)
     config = QuantizeConfig(group_size=options.group_size, scale_dtype=torch.float16)
     compressor = learn_bytes(
         case.model,

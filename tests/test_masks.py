@@ -14,7 +14,7 @@ from shrinkformer.errors import NumericalError
 from shrinkformer.prune.allocation import allocate_for_most
 from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import load, save
-from shrinkformer.prune.divergence import Predictions, divergence, predictions
+from shrinkformer.prune.divergence import Predictions, Target, predictions
 from shrinkformer.prune.fisher import log_likelihood
 from shrinkformer.prune.kprune import Knowledge, KPrune, contributions, learn_kprune, measure, softened
 from shrinkformer.prune.kwon import Kwon, learn_kwon, rearranged, unit_scales
@@ -174,7 +174,7 @@ class TestKnowledge:
             mask = BATCHES[index]["attention_mask"].bool()
             with torch.no_grad():
                 wanted = softened(predictions(other(**BATCHES[index]), mask))
-            return divergence(wanted, softened(predictions(output, mask)))
+            return Target(wanted).divergence(softened(predictions(output, mask)))
 
         found = measure(model, parts, BATCHES, loss, ALONE)
         expected = np.zeros(64)
@@ -300,7 +300,7 @@ def test_they_are_nearer_than_slices_of_equal_size(method: str) -> None:
                 )
                 for batch in BATCHES
             ]
-        return sum(float(divergence(*pair)) for pair in pairs)
+        return sum(float(Target(dense).divergence(found)) for dense, found in pairs)
 
     assert left(method) < left("magnitude")
 

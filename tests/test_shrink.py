@@ -16,7 +16,7 @@ from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.curves import Curve, sized
 from shrinkformer.prune.damage import Damage
-from shrinkformer.prune.divergence import Judge, divergence, predictions
+from shrinkformer.prune.divergence import Judge, Target, predictions
 from shrinkformer.prune.groups import elimination_order
 from shrinkformer.prune.knapsack import Option, choose, frontier
 from shrinkformer.prune.levels import BlockLevels
@@ -215,7 +215,7 @@ def test_damage_is_the_divergence_of_the_whole_model() -> None:
             model.bert.encoder.layer[1] = small
             found = predictions(model(**batch), mask)
             model.bert.encoder.layer[1] = blocks[1]
-            by_hand += float(divergence(dense, found))
+            by_hand += float(Target(dense).divergence(found))
             count += len(mask)
     assert measured == pytest.approx(by_hand / count, rel=0.05)  # it passes examples in bfloat16 where that is fast
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
-from shrinkformer.prune.divergence import Predictions, Target, predictions
+from shrinkformer.prune.divergence import Predictions, Targets, predictions
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import BlockStream
@@ -39,7 +39,7 @@ class Damage:
     def __init__(
         self, model: PreTrainedModel, batches: Batches, workers: Workers = ALONE, tokens: int = TOKENS
     ) -> None:
-        self._model, self._workers, self._device = model, workers, model.device
+        self._model, self._device = model, model.device
         if model.can_generate():  # every token is a prediction, and a long one
             tokens = min(tokens // 2, int(KEPT_NUMBERS / model.config.vocab_size))
         self._share = workers.share(spread(batches, max(1, tokens)))
@@ -47,10 +47,7 @@ class Damage:
         blocks = [view.block for view in layer_views(model)]
         self.enter(blocks)
         with torch.no_grad():
-            self._dense = [Target(found) for found in self._predictions(blocks, len(blocks) - 1)]
-        rows = sum(len(dense) for dense in self._dense)
-        self._rows = torch.tensor(rows, dtype=torch.float64, device=self._device)
-        workers.sum_(self._rows)
+            self._targets = Targets(self._predictions(blocks, len(blocks) - 1), self._device, workers)
 
     @torch.no_grad()
     def start(self) -> None:
@@ -71,11 +68,7 @@ class Damage:
     @torch.no_grad()
     def of(self, blocks: Sequence[nn.Module], start: int = 0) -> float:
         """Mean divergence per prediction of the model with these blocks; those before ``start`` were entered."""
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for dense, found in zip(self._dense, self._predictions(blocks, start), strict=True):
-            total += dense.divergence(found)
-        self._workers.sum_(total)
-        return max(0.0, float(total / self._rows))
+        return self._targets.mean_divergence(self._predictions(blocks, start))
 
     def _behind(self, blocks: Sequence[nn.Module], entrance: Sequence[Tensor], index: int) -> Tensor:
         """Send a micro-batch from the entrance of the first of some blocks to the exit of the last."""

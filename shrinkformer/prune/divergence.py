@@ -1,6 +1,6 @@
 """How far the predictions of a smaller model are from those of the dense one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +89,28 @@ class Target:
         return -(probabilities * logs).sum(-1)
 
 
-def divergence(dense: Predictions, other: Predictions) -> Tensor:
-    """As :meth:`Target.divergence`, for two models that meet once."""
-    return Target(dense).divergence(other)
+class Targets:
+    """Predictions of the dense model for all examples, batch by batch.
+
+    Args:
+        dense: From :func:`predictions`.
+        device: Where they are.
+        workers: Share the examples; all of them get the same figures.
+    """
+
+    def __init__(self, dense: Iterable[Predictions], device: torch.device, workers: Workers) -> None:
+        self._targets, self._workers = [Target(found) for found in dense], workers
+        rows = sum(len(target) for target in self._targets)
+        self._rows = torch.tensor(rows, dtype=torch.float64, device=device)
+        workers.sum_(self._rows)
+
+    def mean_divergence(self, others: Iterable[Predictions]) -> float:
+        """Mean per prediction, of a model that saw the same batches."""
+        total = torch.zeros_like(self._rows)
+        for target, found in zip(self._targets, others, strict=True):
+            total += target.divergence(found)
+        self._workers.sum_(total)
+        return max(0.0, float(total / self._rows))
 
 
 class Judge:
@@ -106,22 +125,18 @@ class Judge:
     """
 
     def __init__(self, model: PreTrainedModel, batches: Batches, workers: Workers = ALONE) -> None:
-        self._batches, self._workers = workers.share(batches), workers
-        self._dense = [Target(self._predictions(model, batch)) for batch in self._batches]
-        rows = sum(len(dense) for dense in self._dense)
-        self._rows = torch.tensor(rows, dtype=torch.float64, device=model.device)
-        workers.sum_(self._rows)
+        self._batches = workers.share(batches)
+        self._targets = Targets(self._predictions(model), model.device, workers)
 
     def of(self, model: PreTrainedModel) -> float:
         """Mean divergence per prediction."""
-        total = torch.zeros_like(self._rows)
-        for dense, batch in zip(self._dense, self._batches, strict=True):
-            total += dense.divergence(self._predictions(model, batch))
-        self._workers.sum_(total)
-        return max(0.0, float(total / self._rows))
+        return self._targets.mean_divergence(self._predictions(model))
+
+    def _predictions(self, model: PreTrainedModel) -> Iterator[Predictions]:
+        return (self._of_batch(model, batch) for batch in self._batches)
 
     @torch.no_grad()
-    def _predictions(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Predictions:
+    def _of_batch(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Predictions:
         mask = batch["attention_mask"].bool()
         with half_precision(model.device):
             return predictions(model(**model_inputs(model, batch)), mask)
