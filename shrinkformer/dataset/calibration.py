@@ -51,8 +51,8 @@ def sample_calibration(
 
     Args:
         examples: what to draw from; labels are kept where they are there, and not needed.
-        task: the task. Question answering: ``size`` questions with all their windows. Similarity: ``size`` single
-            sentences, each from a pair of its own.
+        task: the task. An example is a row: a question with all its windows, a pair of sentences that are read one by
+            one (similarity), or a single sentence where the rows have no second one.
         tokenizer: a transformers tokenizer.
         size: examples to draw (``--sample_batch_size``).
         seed: of the draw.
@@ -72,8 +72,6 @@ def sample_calibration(
     columns = [name for name in task.columns if name in drawn.column_names]
     if not columns:
         raise DataError(f"the examples have none of the columns {', '.join(task.columns)}; task {task.name} needs one")
-    texts = [list(drawn[name]) for name in columns]
-    sides = np.random.default_rng([seed, 1]).integers(0, len(columns), size=len(examples))[indices]
-    sentences = [texts[side][row] for row, side in enumerate(sides)]
+    sentences = [text for row in zip(*(drawn[name] for name in columns), strict=True) for text in row]
     limit = length_limit(task, tokenizer, max_length)
     return Encoded(encode_texts(sentences, tokenizer, limit), None, None, drawn)
