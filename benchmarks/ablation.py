@@ -80,17 +80,11 @@ def ends_only(*args: Any) -> tuple[Site, ...]:
 _ending = sequential._ending  # the original, while it is patched
 
 
-def residual_as_it_is(site: Site, passes: BlockPasses, dense: DensePass, index: int) -> tuple[Tensor, Tensor, Tensor]:
+def residual_as_it_is(site: Site, passes: BlockPasses, dense: DensePass, index: int) -> tuple[Tensor, Tensor]:
     """Sublayers do not make up for what the residual stream has lost."""
-    inputs, wanted, weights = _ending(site, passes, dense, index)
+    inputs, wanted = _ending(site, passes, dense, index)
     _, residual = passes.ending(site, index)
-    return inputs, wanted + residual - dense.wanted(site, index)[1], weights
-
-
-def norms_ignored(site: Site, passes: BlockPasses, dense: DensePass, index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens count the same whatever the norm behind a sublayer divides them by."""
-    inputs, wanted, weights = _ending(site, passes, dense, index)
-    return inputs, wanted, torch.ones_like(weights)
+    return inputs, wanted + residual - dense.wanted(site, index)[1]
 
 
 def a_quarter(batches: Batches, tokens: int) -> Batches:
@@ -106,7 +100,6 @@ VARIANTS = {
         "shrink", patch=patched(shrink, "learn_sensitivity", all_directions_alike)
     ),
     "tokens weighed by effect": Variant("shrink", patch=patched(shrink, "learn_sensitivity", all_tokens_alike)),
-    "tokens weighed by norms": Variant("shrink", patch=patched(sequential, "_ending", norms_ignored)),
     "narrow heads": Variant("shrink", ShrinkConfig(whole_heads=True)),
     "curves and search": Variant("shrink", patch=patched(shrink, "Search", SizesOfStat)),
     "search": Variant("shrink", ShrinkConfig(search_seconds=0)),

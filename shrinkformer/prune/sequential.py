@@ -96,12 +96,11 @@ def _refit(site: Site, passes: BlockPasses, dense: DensePass, sensitivity: Sensi
     halves: list[Sums] = []
     for index in range(len(passes.stream)):
         if site.residual:
-            x, y, weights = _ending(site, passes, dense, index)
+            x, y = _ending(site, passes, dense, index)
         else:
             x, y = passes.inputs(site.paths[0], index), _outputs(linears, dense.inputs(site, index))
-            weights = torch.ones_like(x[:, 0])
         halves = halves or _empty_halves(prior, x, y, workers, intercept)
-        weights = weights * sensitivity.token_weights(sublayer, index, weights)
+        weights = sensitivity.token_weights(sublayer, index, x)
         cut = len(x) // 2  # examples lie one after the other, so no example but one is in both halves
         for half, part in zip(halves, (slice(cut), slice(cut, None)), strict=True):
             half.update(x[part], y[part], weights[part])
@@ -122,17 +121,13 @@ def _empty_halves(prior: Tensor, x: Tensor, y: Tensor, workers: Workers, interce
     return [Sums(prior.shape[0], prior.shape[1], prior.device, origin) for _ in range(2)]
 
 
-def _ending(site: Site, passes: BlockPasses, dense: DensePass, index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the layer that ends a sublayer: inputs, wanted outputs with bias, and weights of the tokens."""
-    view, bias = passes.view, passes.view.linear(site.paths[0]).bias  # not refitted yet: that of the dense layer
+def _ending(site: Site, passes: BlockPasses, dense: DensePass, index: int) -> tuple[Tensor, Tensor]:
+    """Of the layer that ends a sublayer: inputs, and wanted outputs with bias."""
+    bias = passes.view.linear(site.paths[0]).bias  # not refitted yet: that of the dense layer
     x, residual = passes.ending(site, index)
     output, dense_residual = dense.wanted(site, index)
-    total = output + dense_residual
-    if bias is not None:
-        total = total + bias
-    if view.architecture.pre_norm:
-        return x, total - residual, torch.ones_like(x[:, 0])
-    return x, total - residual, 1 / total.var(1).clamp(min=1e-12)  # the norm behind the sum divides by this
+    wanted = output + dense_residual - residual
+    return x, wanted if bias is None else wanted + bias
 
 
 def _outputs(linears: Sequence[Projection], rows: Tensor) -> Tensor:
