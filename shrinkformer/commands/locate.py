@@ -101,12 +101,33 @@ def find_decoder(model_name: str, task: str) -> Source:
     short = re.fullmatch(r"opt-[\d.]+[mb]", model_name.lower())
     source = _find(model_name, folders, bundled, on_hub=f"facebook/{model_name.lower()}" if short else model_name)
     architecture = (getattr(source.config, "architectures", None) or [""])[0]
-    if source.config.model_type not in DECODERS or not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+    if not _generates(source.config):
         raise InputError(
             f"--model_name {model_name}: it is a {architecture or source.config.model_type}, but a language model "
             f"(...ForCausalLM of {', '.join(sorted(DECODERS))}) is needed; for an encoder use prune_bert.py."
         )
     return source
+
+
+def is_decoder(model_name: str) -> bool:
+    """Whether a name means a language model, wherever :func:`find_model` and :func:`find_decoder` look for it.
+
+    Below ``models/<model_name>`` there may be one folder for each task; the first one is looked at.
+
+    Raises:
+        InputError: It is nowhere.
+    """
+    own = MODELS_DIR / model_name
+    folders = [own, *sorted(folder for folder in own.glob("*") if (folder / "config.json").is_file())]
+    if model_name == BUNDLED_DECODER or re.fullmatch(r"opt-[\d.]+[mb]", model_name.lower()):
+        return True
+    bundled = bundled_model() if model_name == BUNDLED_MODEL else None
+    return _generates(_find(model_name, folders, bundled, on_hub=model_name).config)
+
+
+def _generates(config: PreTrainedConfig) -> bool:
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    return config.model_type in DECODERS and architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def _find(model_name: str, folders: Sequence[Path], bundled: Path | None, *, on_hub: str) -> Source:
