@@ -1,8 +1,8 @@
 """Make a trained transformer really smaller and faster under a MAC budget, without retraining.
 
 >>> import shrinkformer
->>> pruned = shrinkformer.prune_model(model, batches, mu=0.5)   # doctest: +SKIP
->>> shrinkformer.save(pruned.model, "smaller", plan=pruned.plan)   # doctest: +SKIP
+>>> plan = shrinkformer.prune_(model, loader, shrinkformer.PruneConfig(mu=0.5))   # doctest: +SKIP
+>>> shrinkformer.save(model, "smaller", plan=plan)   # doctest: +SKIP
 >>> model = shrinkformer.load("smaller")   # doctest: +SKIP
 """
 
@@ -10,6 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shrinkformer.api import PruneCallback as PruneCallback
+    from shrinkformer.api import PruneConfig as PruneConfig
+    from shrinkformer.api import prune_ as prune_
     from shrinkformer.prune.budget import Budget as Budget
     from shrinkformer.prune.checkpoint import save as save
     from shrinkformer.prune.plan import Plan as Plan
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
 # Imported on first use: `import shrinkformer` must not take the seconds that torch and transformers take.
 _EXPORTS = {
+    "PruneCallback": "shrinkformer.api",
+    "PruneConfig": "shrinkformer.api",
+    "prune_": "shrinkformer.api",
     "Budget": "shrinkformer.prune.budget",
     "Calibrated": "shrinkformer.prune.pruner",
     "Plan": "shrinkformer.prune.plan",
@@ -41,11 +47,14 @@ __all__ = [
     "Budget",
     "Calibrated",
     "Plan",
+    "PruneCallback",
+    "PruneConfig",
     "Pruned",
     "QuantizeConfig",
     "ShrinkConfig",
     "calibrate",
     "load",
+    "prune_",
     "prune_model",
     "quantize_",
     "save",

@@ -1,0 +1,220 @@
+"""The library in a few calls, for models and data that are already in memory.
+
+>>> from shrinkformer.api import PruneConfig, evaluate, prune_
+>>> plan = prune_(model, loader, PruneConfig(mu=0.5))   # doctest: +SKIP
+>>> evaluate(model, tokenizer, "qqp")                   # doctest: +SKIP
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from shrinkformer.commands.locate import max_positions
+from shrinkformer.dataset.corpora import CORPORA, evaluation_windows
+from shrinkformer.dataset.encoding import encode
+from shrinkformer.dataset.loading import evaluation_splits, load_split
+from shrinkformer.dataset.tasks import TASKS, get_task
+from shrinkformer.errors import InputError
+from shrinkformer.evaluate.evaluation import evaluate_model
+from shrinkformer.evaluate.perplexity import evaluate_perplexity
+from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.methods import DEFAULT_METHOD, require_method
+from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.pruner import calibrate
+from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.stream import count_tokens
+from shrinkformer.quantize.checkpoint import load
+from shrinkformer.quantize.quantizer import quantize_
+
+_LONGEST = 4096
+"""Tokens of a window of text, at most; as in ``opt_eval.py``."""
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How a model is pruned.
+
+    Attributes:
+        mu: Fraction of the MACs that stays, in (0, 1].
+        method: Name of a pruning method.
+        examples: Taken from the calibration data at most.
+        seed: Of what is drawn at random.
+        sequence_length: Length in tokens at which MACs are counted; the mean of the examples by default.
+        round_to: Neurons of a block are a multiple of this.
+        min_heads: Heads that every block keeps at least.
+        min_neurons: Neurons that every block keeps at least.
+        shrink: Choices of the method ``shrink``.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
+
+    mu: float = 0.5
+    method: str = DEFAULT_METHOD
+    examples: int = 512
+    seed: int = 0
+    sequence_length: float | None = None
+    round_to: int = 1
+    min_heads: int = 1
+    min_neurons: int = 1
+    shrink: ShrinkConfig = field(default_factory=ShrinkConfig)
+
+    def __post_init__(self) -> None:
+        require_method(self.method)
+        if self.examples < 1:
+            raise InputError(f"examples is {self.examples}; pruning needs at least 1, and is good with a few hundred")
+        self.budget(self.sequence_length or 1.0)
+
+    def budget(self, sequence_length: float) -> Budget:
+        """What the pruned model may cost."""
+        return Budget(self.mu, sequence_length, self.round_to, self.min_heads, self.min_neurons)
+
+
+def prune_(model: PreTrainedModel, calibration: Iterable[Mapping[str, Any]], config: PruneConfig | None = None) -> Plan:
+    """Prune a model in place: whoever holds it, holds the smaller one afterwards.
+
+    Args:
+        model: Any model with an architecture record, wherever it came from and whatever holds it. Its modules are
+            replaced, so references to its layers or parameters, such as those of an optimizer, are out of date
+            afterwards. Its training mode stays.
+        calibration: Batches of model inputs, such as a DataLoader with a padding collator: ``input_ids`` and, where
+            something is padded, ``attention_mask``, ``(batch, length)``. Labels and other columns are ignored.
+        config: What is done.
+
+    Returns:
+        What was kept. ``shrinkformer.save(model, folder, plan=plan)`` writes the model.
+
+    Raises:
+        InputError: The batches hold no model inputs.
+        UnsupportedModelError: There is no architecture record for the model.
+        BudgetError: The budget is below what every block must keep.
+        NumericalError: The model computes NaN or infinity on the examples.
+
+    Examples:
+        >>> from torch.utils.data import DataLoader
+        >>> loader = DataLoader(dataset, batch_size=32, collate_fn=DataCollatorWithPadding(tok))   # doctest: +SKIP
+        >>> prune_(model, loader, PruneConfig(mu=0.5)).ratio                                       # doctest: +SKIP
+        0.4997
+    """
+    config = config or PruneConfig()
+    batches = take_examples(calibration, config.examples)
+    length = config.sequence_length or count_tokens(batches) / sum(len(batch["input_ids"]) for batch in batches)
+    training = model.training
+    calibrated = calibrate(model, batches, method=config.method, seed=config.seed, config=config.shrink)
+    pruned = calibrated.prune(config.budget(length))
+    model.__dict__ = vars(pruned.model)
+    model.train(training)
+    return pruned.plan
+
+
+def take_examples(calibration: Iterable[Mapping[str, Any]], most: int) -> list[dict[str, Tensor]]:
+    """The first examples of a loader, without labels.
+
+    Args:
+        calibration: Batches of model inputs.
+        most: Examples to take at most.
+
+    Raises:
+        InputError: A batch holds no model inputs, or there is none.
+    """
+    batches: list[dict[str, Tensor]] = []
+    taken = 0
+    for batch in calibration:
+        inputs = _model_inputs(batch, most - taken)
+        batches.append(inputs)
+        taken += len(inputs["input_ids"])
+        if taken >= most:
+            break
+    if not taken:
+        raise InputError("the calibration data is empty; give a few hundred examples, without labels")
+    return batches
+
+
+def _model_inputs(batch: Mapping[str, Any], most: int) -> dict[str, Tensor]:
+    """Tensors of one value per token."""
+    ids = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        found = f"input_ids of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else "no tensor input_ids"
+        raise InputError(
+            f"a calibration batch has {found}; give batches of (batch, length), such as DataLoader(dataset, "
+            "batch_size=32, collate_fn=DataCollatorWithPadding(tokenizer))"
+        )
+    same = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.shape == ids.shape}
+    inputs = {"attention_mask": torch.ones_like(ids), **same}
+    return {name: value[:most] for name, value in inputs.items() if name != "labels"}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    task: str,
+    *,
+    data_dir: str | Path | None = None,
+    bundled_data: bool = False,
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Measure a model on a task or, of a language model, its perplexity on a corpus.
+
+    Args:
+        model: With the head of the task. Where it is, it is evaluated.
+        tokenizer: Of the model.
+        task: A task of GLUE, ``squad``, ``squad_v2`` or ``similarity``; or a corpus: ``wikitext2``, ``ptb-new``,
+            ``c4-new``.
+        data_dir: Folder with data sets in the hub's column names; otherwise the hub is asked.
+        bundled_data: Use the small samples in the package where ``data_dir`` has nothing.
+        batch_size: Examples per forward pass; changes speed and memory, not results.
+
+    Returns:
+        Metrics by the task's own names, and ``<name>_stderr`` for their standard errors.
+
+    Raises:
+        InputError: There is no such task.
+        DataError: The data is missing.
+        CheckpointError: The model's head does not fit the task.
+    """
+    folder = None if data_dir is None else Path(data_dir)
+    device, longest = next(model.parameters()).device, max_positions(model.config)
+    if task in CORPORA:
+        length = min(_LONGEST, longest, int(tokenizer.model_max_length))
+        windows = evaluation_windows(CORPORA[task], tokenizer, length=length, data_dir=folder, bundled=bundled_data)
+        found = evaluate_perplexity(model, windows, batch_size=batch_size, device=device)
+        return {"perplexity": found.value, "perplexity_stderr": found.stderr}
+    if task not in TASKS:
+        raise InputError(f"task {task!r} is not known; choose one of {', '.join([*TASKS, *CORPORA])}")
+    chosen = get_task(task)
+    splits = {
+        split: encode(
+            load_split(chosen, split, data_dir=folder, bundled=bundled_data), chosen, tokenizer, max_length=longest
+        )
+        for split in evaluation_splits(chosen, folder, bundled_data)
+    }
+    return evaluate_model(model, tokenizer, chosen, splits, batch_size=batch_size, device=device).metrics
+
+
+class PruneCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not checked
+    """Prunes the model when a :class:`transformers.Trainer` has trained it.
+
+    Args:
+        config: How.
+        calibration: Batches of model inputs; by default those of the training data.
+
+    Attributes:
+        plan: What was kept, once training is over. Pass it to ``shrinkformer.save``, whose folder loads anywhere.
+    """
+
+    def __init__(self, config: PruneConfig | None = None, calibration: Iterable[Mapping[str, Any]] | None = None):
+        self._config, self._calibration = config or PruneConfig(), calibration
+        self.plan: Plan | None = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer after the best checkpoint was loaded, where that was asked for."""
+        examples = kwargs["train_dataloader"] if self._calibration is None else self._calibration
+        self.plan = prune_(kwargs["model"], examples, self._config)
+
+
+__all__ = ["PruneCallback", "PruneConfig", "evaluate", "load", "prune_", "quantize_", "take_examples"]
