@@ -26,10 +26,11 @@ from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.regression import Sums, ridge_regression
 from shrinkformer.prune.samples import hold_out, spread
 from shrinkformer.prune.search import Found, Search
-from shrinkformer.prune.sensitivity import ATTENTION, learn_sensitivity
+from shrinkformer.prune.sensitivity import ATTENTION, _weights, learn_sensitivity
 from shrinkformer.prune.sequential import RefitErrors
 from shrinkformer.prune.shrink import ShrinkConfig, Shrinker, learn
 from shrinkformer.prune.stream import count_tokens
+from shrinkformer.utils.parallel import ALONE
 from tests.conftest import FAMILIES, build_model, make_batches
 from tests.test_architectures import outputs
 
@@ -291,6 +292,15 @@ def spoil(model: Any, blocks: Any, *_: Any, **__: Any) -> list[RefitErrors]:
     for view in blocks:
         torch.nn.init.normal_(view.feed_forward_output.weight, std=10)
     return [RefitErrors(1.0, 1.0) for _ in blocks]
+
+
+def test_tokens_count_by_the_root_where_few_hold_the_sum() -> None:
+    even, few = torch.linspace(0.5, 1.5, 100), torch.full((100,), 1e-4)
+    few[:3] = 1.0
+    roots = [torch.cat([((part / part.mean()).sqrt() + 0.3) / 1.3]) for part in (even, few)]
+    assert torch.allclose(torch.cat(_weights([even[:40], even[40:]], ALONE)), roots[0].square())
+    assert torch.allclose(torch.cat(_weights([few], ALONE)), roots[1])
+    assert torch.equal(torch.cat(_weights([torch.zeros(5)], ALONE)), torch.ones(5))
 
 
 def test_sensitivity_knows_what_a_classifier_reads() -> None:

@@ -17,6 +17,7 @@ ATTENTION, FEED_FORWARD = "attention", "feed_forward"
 
 _FLOOR = 0.1  # of the mean sensitivity; no direction is without effect, few examples do not show all of them
 _TOKEN_FLOOR = 0.3
+_EFFECTIVE = 0.1  # of the tokens; squared gradients of classifiers leave 0.01, those of sentence embeddings 0.2 to 0.6
 _TOKENS = 65_536  # tokens with weights of their own; where there are more, all count the same
 
 Sublayer = tuple[int, str]
@@ -48,8 +49,10 @@ def learn_sensitivity(
 ) -> Sensitivity:
     """Learn from one backward pass, without labels, how much errors in the outputs of sublayers matter.
 
-    Weights of tokens are square roots: of squared gradients alone, a few tokens hold all of the sum, and a regression
-    on those is worth little.
+    Tokens count by their squared gradients where these are spread over enough tokens, as those of an embedding that is
+    a mean of tokens are. Elsewhere, as in classifiers, a few tokens hold nearly all of the sum and a regression on
+    those is worth little, so tokens count by the root. How many tokens weights amount to: Kish, "Survey Sampling",
+    section 8.2.
 
     Args:
         model: In evaluation mode, in memory as a whole.
@@ -90,9 +93,17 @@ def _shrunk(metric: Tensor) -> Tensor:
 
 
 def _weights(norms: list[Tensor], workers: Workers) -> list[Tensor]:
-    total = torch.stack([torch.stack([part.sum() for part in norms]).sum(), norms[0].new_tensor(sum(map(len, norms)))])
+    tokens = norms[0].new_tensor(sum(map(len, norms)), dtype=torch.float64)
+    total = torch.stack([_sum(norms).double(), _sum([part.double().square() for part in norms]), tokens])
     workers.sum_(total)
-    mean = total[0] / total[1]
-    if not mean > 0:
+    gradient, square_of_it, count = total.tolist()
+    if not gradient > 0:
         return [torch.ones_like(part) for part in norms]
-    return [((part / mean).sqrt() + _TOKEN_FLOOR) / (1 + _TOKEN_FLOOR) for part in norms]
+    mean, effective = gradient / count, gradient**2 / (square_of_it * count)
+    weights = [((part / mean).sqrt() + _TOKEN_FLOOR) / (1 + _TOKEN_FLOOR) for part in norms]
+    return [part.square() for part in weights] if effective >= _EFFECTIVE else weights
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Of all entries of some tensors."""
+    return torch.stack([part.sum() for part in parts]).sum()
