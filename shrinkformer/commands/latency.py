@@ -1,10 +1,9 @@
 """``shrinkformer latency``: how long models take, side by side, and how much of the saved MACs is saved time."""
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -119,16 +118,13 @@ def read_candidate(name: str, options: LatencyOptions) -> Candidate:
 
 
 def _named(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates whose names differ: by their folders where they can, else by their numbers."""
+    """Candidates whose names differ: with the folder above them where that helps, else with numbers."""
     names = [candidate.name for candidate in candidates]
     if len(set(names)) < len(names):
-        names = [os.path.join(Path(one.source.location).parent.name, one.name) for one in candidates]
-    if len(set(names)) < len(names):
-        names = [f"{name} ({number})" for number, name in enumerate(names, start=1)]
-    return [
-        Candidate(name, one.source, one.sizes, one.hidden_size, one.onnx, one.has_weights)
-        for name, one in zip(names, candidates, strict=True)
-    ]
+        longer = [f"{Path(one.source.location).parent.name}/{one.name}" for one in candidates]
+        numbered = [f"{name} ({number})" for number, name in enumerate(names, start=1)]
+        names = longer if len(set(longer)) == len(longer) else numbered
+    return [replace(one, name=name) for name, one in zip(names, candidates, strict=True)]
 
 
 @contextmanager
