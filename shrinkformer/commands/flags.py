@@ -78,9 +78,8 @@ def _add_flag(parser: argparse.ArgumentParser, entry: "Field[Any]") -> None:
     shown = " ".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
     if "default:" not in help_text and entry.default is not None:
         help_text += f" (default: {shown})"
-    parser.add_argument(
-        f"--{entry.name}", type=_VALUE_TYPES[str(entry.type)], default=entry.default, help=help_text, **extra
-    )
+    kind = extra.pop("type", None) or _VALUE_TYPES[str(entry.type)]
+    parser.add_argument(f"--{entry.name}", type=kind, default=entry.default, help=help_text, **extra)
 
 
 _VALUE_TYPES: dict[str, Any] = {
