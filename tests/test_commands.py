@@ -14,6 +14,7 @@ import torch
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.prune_bert import main
+from shrinkformer.efficiency.rounding import Rounding
 from shrinkformer.prune.checkpoint import load
 from tests.conftest import ROOT, WORDS, build_model, build_tokenizer
 
@@ -195,6 +196,32 @@ def test_dry_run_of_a_pruned_checkpoint(run: Any, tmp_path: Path, capsys: pytest
     assert f"of {kept / 1e6:.1f} M MACs" in capsys.readouterr().out
 
 
+def test_round_to_what_is_measured(run: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = checkpoint(tmp_path / "mine")
+    asked: list[tuple[Any, ...]] = []
+
+    def measured(*sizes: int, **kind: Any) -> Rounding:
+        asked.append((*sizes, kind))
+        return Rounding(8, {1: 1.25, 8: 1.0})
+
+    monkeypatch.setattr("shrinkformer.commands.session.choose_multiple", measured)
+    flags = ("--model_name", name, "--task_name", "sst2", "--round_to", "auto")
+    assert run(*flags, "--mu", "0.5", "--dry_run") == run(*flags, "--mu", "1") == 0
+    assert "round to auto: is measured when the run begins" in capsys.readouterr().out
+    assert not asked  # where nothing is pruned
+    assert run(*flags, "--mu", "0.6", "0.5") == 0
+    assert asked == [(32, 64, {"gated": False, "device": "cpu", "dtype": torch.float32})]
+    dense, *pruned = records(tmp_path, "sst2")
+    assert "round_to" not in dense
+    for record in pruned:
+        assert record["round_to"] == {"multiple": 8, "costs": {"1": 1.25, "8": 1.0}}
+        assert {layer["neurons"] % 8 for layer in record["layers"]} == {0}
+        assert record["ratio"]["macs"] <= record["mu"]
+    shown = capsys.readouterr().out
+    assert "--round_to auto: 8 (time per neuron by multiple: 1: 1.250, 8: 1.000)" in shown
+    assert "neurons are multiples of 8 (" in shown
+
+
 def test_save_dir_holds_one_folder_per_budget(run: Any, tmp_path: Path) -> None:
     name = checkpoint(tmp_path / "mine")
     arguments = ("--model_name", name, "--task_name", "sst2", "--mu", "0.7", "0.5", "--save_dir", "kept")
@@ -225,6 +252,7 @@ BAD_INPUT = {
     "no samples": (["--sample_batch_size", "0"], r"--sample_batch_size 0: must be at least 1"),
     "seed": (["--seed", "-1"], r"--seed -1"),
     "round_to": (["--round_to", "0"], r"--round_to 0"),
+    "round_to a word": (["--round_to", "often"], r"--round_to: 'often' is neither a number nor auto"),
     "sequence length": (["--sequence_length", "-3"], r"--sequence_length -3"),
     "unsupported family": (
         ["--model_name", "bloom"],

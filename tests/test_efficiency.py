@@ -58,7 +58,7 @@ def batch(examples, tokens):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("module", [macs, size])
+@pytest.mark.parametrize("module", [macs, size, latency])
 def test_examples_in_the_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted

@@ -18,10 +18,12 @@ RANKS = {
     "utils": 2,
     "dataset": 3,
     "efficiency": 3,
+    "export": 3,
     "prune": 4,
     "quantize": 5,
     "evaluate": 6,
     "commands": 7,
+    "__main__": 8,
 }
 """A module may import from its own part of the package and from parts of a lower rank."""
 

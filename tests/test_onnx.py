@@ -9,6 +9,8 @@ import torch
 
 from shrinkformer.architectures import Projection, layer_views
 from shrinkformer.errors import InputError, ShrinkformerError
+from shrinkformer.export import onnx_export as general
+from shrinkformer.export import runtime
 from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.sites import block_sites
 from shrinkformer.quantize import onnx_export
@@ -84,7 +86,7 @@ def test_pruned_and_half_precision_models_and_large_files(
     weights = quantize(model, Scheme(4, 32))
     assert any(weight.codes.shape[1] % 16 for weight in weights.values()), "no ragged group among the weights"
     path = tmp_path / "model.onnx"
-    monkeypatch.setattr(onnx_export, "_INLINE_LIMIT", 1000)
+    monkeypatch.setattr(general, "_INLINE_LIMIT", 1000)
     export_onnx(model.half(), weights, path, EXAMPLE)
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
     assert path.stat().st_size < 150_000
@@ -160,7 +162,7 @@ def test_wrong_arguments_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         export_onnx(model, weights, path, {})
     with pytest.raises(InputError, match="is a folder"):
         export_onnx(model, weights, tmp_path, EXAMPLE)
-    monkeypatch.setattr(onnx_export, "onnx_is_installed", lambda: False)
+    monkeypatch.setattr(runtime, "onnx_is_installed", lambda: False)
     with pytest.raises(InputError, match=r"pip install \"shrinkformer\[export\]\""):
         export_onnx(model, weights, path, EXAMPLE)
 

@@ -55,6 +55,8 @@ def describe(
         f"{parameters / 1e6:.1f} M parameters",
         f"method {options.method}, {inputs:,} calibration inputs, {tokens:,} tokens",
     ]
+    if options.round_to is None:
+        lines.append("round to auto: is measured when the run begins; sizes below are not rounded")
     for budget in budgets:
         costs = CostModel.of(views, budget)
         even = allocate_uniformly(costs)

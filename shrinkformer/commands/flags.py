@@ -5,12 +5,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from shrinkformer.commands.options import PruneOptions
 from shrinkformer.errors import InputError
 
-Options = TypeVar("Options", bound=PruneOptions)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,7 +34,7 @@ def parse_options(
     """Options from command-line arguments.
 
     Args:
-        kind: Which options.
+        kind: Which options, a dataclass with fields from :func:`~shrinkformer.commands.options.option`.
         arguments: Of the command line; the process's own by default.
         prog: Name of the command.
         description: What it does, for ``--help``.
@@ -48,16 +50,16 @@ def parse_options(
             _add_flag(parser, entry)
     values = vars(parser.parse_args(arguments)) | fixed
     _require_compatible(kind, values, arguments)
-    for name in ("mu", "lm_eval", "format"):
+    for name in ("mu", "lm_eval", "format", "batch", "length", "runtime"):
         if name in values:
             values[name] = tuple(dict.fromkeys(values[name]))
     return kind(**values)
 
 
-def _require_compatible(kind: type[PruneOptions], values: dict[str, Any], arguments: Sequence[str] | None) -> None:
+def _require_compatible(kind: type[Options], values: dict[str, Any], arguments: Sequence[str] | None) -> None:
     """Check that of flags which exclude each other only some were given, be it with their default values."""
     given = {argument.partition("=")[0] for argument in (sys.argv[1:] if arguments is None else arguments)}
-    for name, others in kind.excludes.items():
+    for name, others in getattr(kind, "excludes", {}).items():
         for other, reason in others.items():
             if {f"--{name}", f"--{other}"} <= given:
                 raise InputError(f"--{name} {values[name]} {reason}; leave --{other} out, or --{name}.")
@@ -70,12 +72,14 @@ def _add_flag(parser: argparse.ArgumentParser, entry: "Field[Any]") -> None:
     if entry.type is bool:
         parser.add_argument(f"--{entry.name}", action="store_true", help=help_text)
         return
+    if extra.pop("positional", False):
+        parser.add_argument(entry.name, type=_VALUE_TYPES[str(entry.type)], help=help_text, **extra)
+        return
     shown = " ".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
     if "default:" not in help_text and entry.default is not None:
         help_text += f" (default: {shown})"
-    parser.add_argument(
-        f"--{entry.name}", type=_VALUE_TYPES[str(entry.type)], default=entry.default, help=help_text, **extra
-    )
+    kind = extra.pop("type", None) or _VALUE_TYPES[str(entry.type)]
+    parser.add_argument(f"--{entry.name}", type=kind, default=entry.default, help=help_text, **extra)
 
 
 _VALUE_TYPES: dict[str, Any] = {

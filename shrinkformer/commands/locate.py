@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -27,6 +28,7 @@ from shrinkformer.commands.options import BUNDLED_DECODER, BUNDLED_MODEL
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelError
 from shrinkformer.prune import pruned_modeling
+from shrinkformer.prune.checkpoint import AUTO_CLASSES
 from shrinkformer.prune.lazy import load_lazily
 from shrinkformer.prune.resources import BlockWeights, InMemory
 from shrinkformer.quantize.checkpoint import load
@@ -98,10 +100,10 @@ def find_decoder(model_name: str, task: str) -> Source:
     """
     folders = [MODELS_DIR / model_name / task, MODELS_DIR / model_name]
     bundled = bundled_decoder() if model_name == BUNDLED_DECODER else None
-    short = re.fullmatch(r"opt-[\d.]+[mb]", model_name.lower())
-    source = _find(model_name, folders, bundled, on_hub=f"facebook/{model_name.lower()}" if short else model_name)
+    on_hub = f"facebook/{model_name.lower()}" if _short_of_opt(model_name) else model_name
+    source = _find(model_name, folders, bundled, on_hub=on_hub)
     architecture = (getattr(source.config, "architectures", None) or [""])[0]
-    if not _generates(source.config):
+    if not generates(source.config):
         raise InputError(
             f"--model_name {model_name}: it is a {architecture or source.config.model_type}, but a language model "
             f"(...ForCausalLM of {', '.join(sorted(DECODERS))}) is needed; for an encoder use prune_bert.py."
@@ -117,44 +119,64 @@ def is_decoder(model_name: str) -> bool:
     Raises:
         InputError: It is nowhere.
     """
+    if model_name == BUNDLED_DECODER or _short_of_opt(model_name):
+        return True
+    return generates(find_any(model_name).config)
+
+
+def find_any(model_name: str, flag: str = "--model_name") -> Source:
+    """A checkpoint of any kind, wherever :func:`find_model` and :func:`find_decoder` look for it.
+
+    Args:
+        model_name: Its name or folder. Below ``models/<model_name>`` there may be one folder for each task; the first
+            one is looked at.
+        flag: What errors call it.
+
+    Raises:
+        InputError: It is nowhere.
+    """
     own = MODELS_DIR / model_name
     folders = [own, *sorted(folder for folder in own.glob("*") if (folder / "config.json").is_file())]
-    if model_name == BUNDLED_DECODER or re.fullmatch(r"opt-[\d.]+[mb]", model_name.lower()):
-        return True
-    bundled = bundled_model() if model_name == BUNDLED_MODEL else None
-    return _generates(_find(model_name, folders, bundled, on_hub=model_name).config)
+    bundled = {BUNDLED_MODEL: bundled_model, BUNDLED_DECODER: bundled_decoder}.get(model_name, lambda: None)()
+    on_hub = f"facebook/{model_name.lower()}" if _short_of_opt(model_name) else model_name
+    return _find(model_name, folders, bundled, on_hub=on_hub, flag=flag)
 
 
-def _generates(config: PreTrainedConfig) -> bool:
+def _short_of_opt(model_name: str) -> bool:
+    return re.fullmatch(r"opt-[\d.]+[mb]", model_name.lower()) is not None
+
+
+def generates(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of a language model with its head."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
     return config.model_type in DECODERS and architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def _find(model_name: str, folders: Sequence[Path], bundled: Path | None, *, on_hub: str) -> Source:
-    location = _locate(model_name, folders, bundled, on_hub)
+def _find(
+    model_name: str, folders: Sequence[Path], bundled: Path | None, *, on_hub: str, flag: str = "--model_name"
+) -> Source:
+    location = _locate(model_name, folders, bundled, on_hub, flag)
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"--model_name {model_name}: not in {folders[0]}, not a checkpoint folder, not bundled ({BUNDLED_MODEL}, "
+            f"{flag} {model_name}: not in {folders[0]}, not a checkpoint folder, not bundled ({BUNDLED_MODEL}, "
             f"{BUNDLED_DECODER}), and not on the hub as {on_hub} ({_first_line(error)}); prerequisites/ makes some."
         ) from None
     try:
         find_architecture(config.model_type)
     except UnsupportedModelError as error:
-        raise InputError(f"--model_name {model_name}: {error}") from None
+        raise InputError(f"{flag} {model_name}: {error}") from None
     return Source(Path(model_name).resolve().name if Path(model_name).exists() else model_name, location, config)
 
 
-def _locate(model_name: str, folders: Sequence[Path], bundled: Path | None, on_hub: str) -> str:
+def _locate(model_name: str, folders: Sequence[Path], bundled: Path | None, on_hub: str, flag: str) -> str:
     for folder in (*folders, Path(model_name)):
         if (folder / "config.json").is_file():
             return str(folder)
     for folder in (folders[0], Path(model_name)):
         if folder.is_dir():
-            raise InputError(
-                f"--model_name {model_name}: the folder {folder} has no config.json; it is not a checkpoint."
-            )
+            raise InputError(f"{flag} {model_name}: the folder {folder} has no config.json; it is not a checkpoint.")
     return str(bundled) if bundled else on_hub
 
 
@@ -196,6 +218,15 @@ def model_class(source: Source, task: Task | None) -> Any:
     if source.pruned:
         return getattr(pruned_modeling, (source.config.architectures or ["nothing"])[0])
     return AutoModelForCausalLM if task is None else AUTO_MODELS[task.kind]
+
+
+def class_of(source: Source) -> Any:
+    """The class that loads a checkpoint with the head it was saved with; an Auto class where it was not pruned."""
+    if source.pruned:
+        return model_class(source, None)
+    architecture = (getattr(source.config, "architectures", None) or [""])[0]
+    name = next((auto for head, auto in AUTO_CLASSES.items() if architecture.endswith(head)), "AutoModel")
+    return getattr(transformers, name)
 
 
 def empty_model(source: Source, chosen: Any) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Command-line options as validated data."""
 
+import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,11 +19,22 @@ from shrinkformer.prune.methods import DEFAULT_METHOD, METHOD_NAMES, SHRINK, WHO
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 BUNDLED_DECODER = "opt-mini"
 BUDGETS = ("macs", "latency")
+AUTO = "auto"
 
 
 def option(default: Any, help_text: str, **argument: Any) -> Any:
     """A dataclass field that is also a command-line flag of the same name."""
     return field(default=default, metadata={"help": help_text, **argument})
+
+
+def multiple(text: str) -> int | None:
+    """A value of ``--round_to``: a number, or None for ``auto``."""
+    if text == AUTO:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,11 @@ class PruneOptions:
     sample_batch_size: int = option(512, "number of calibration examples")
     data_dir: Path | None = option(None, "folder with data sets in the hub's column names; else the hub is asked")
     bundled_data: bool = option(False, "use the small samples in the package where --data_dir has nothing")
-    round_to: int = option(1, "keep a multiple of this many neurons in every block")
+    round_to: int | None = option(
+        1,
+        "keep a multiple of this many neurons in every block; auto: of what this machine is fastest with, by measuring",
+        type=multiple,
+    )
     min_heads: int = option(1, "heads that every block keeps at least")
     min_neurons: int = option(1, "neurons that every block keeps at least")
     batch_size: int = option(32, "examples per forward pass; changes speed and memory, not results")
@@ -110,8 +126,9 @@ class PruneOptions:
         require_method(self.method)
         self._check_flags_of_shrink()
         length = 1.0 if self.mac_length is None else self.mac_length  # the mean length is not known yet
+        round_to = 1 if self.round_to is None else self.round_to
         for mu in self.mu:
-            Budget(mu, length, self.round_to, self.min_heads, self.min_neurons)
+            Budget(mu, length, round_to, self.min_heads, self.min_neurons)
         for name in ("sample_batch_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1.")

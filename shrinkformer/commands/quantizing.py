@@ -18,7 +18,8 @@ from shrinkformer.commands.quantize_options import QuantizeOptions
 from shrinkformer.commands.report import Measured, Run
 from shrinkformer.commands.session import Job, Session, measure, run_job
 from shrinkformer.efficiency.latency import measure_latency
-from shrinkformer.errors import CheckpointError, InputError
+from shrinkformer.errors import CheckpointError
+from shrinkformer.export.runtime import require_onnx
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.plan import Plan
@@ -27,7 +28,6 @@ from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.statistics import Progress
 from shrinkformer.quantize.checkpoint import ONNX, load, save
 from shrinkformer.quantize.config import Quantized
-from shrinkformer.quantize.onnx_export import onnx_is_installed
 from shrinkformer.quantize.outside import require_outside
 from shrinkformer.quantize.quantizer import quantize_, require_groups
 from shrinkformer.quantize.resume import QuantizedBlocks
@@ -62,8 +62,7 @@ def run_quantizing(job: Job, options: QuantizeOptions, seconds: dict[str, float]
         InputError: The model does not fit into memory and has to, or a group is wider than a layer.
     """
     if ONNX in options.format:
-        if not onnx_is_installed():
-            raise InputError('--format onnx needs onnx, onnxscript, onnxruntime: pip install "shrinkformer[export]"')
+        require_onnx("--format onnx")
         job = replace(job, whole=job.whole or "--format onnx exports the whole model")
     if len(options.format) > 1:
         job = replace(job, whole=job.whole or "several values of --format are written from memory")

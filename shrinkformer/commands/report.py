@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shrinkformer.efficiency.rounding import Rounding
 from shrinkformer.prune.plan import Plan
 from shrinkformer.quantize.config import Quantized
 from shrinkformer.utils.files import append_atomically
@@ -70,6 +71,7 @@ class Run:
     quantized: Measured | None = None
     quantization: Quantized | None = None
     target_ratio: float | None = None
+    rounding: Rounding | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that other programs read; design and README list its fields."""
@@ -82,6 +84,7 @@ class Run:
             "method": self.method,
             "mu": self.mu,
             **({} if self.target_ratio is None else {"target_ratio": self.target_ratio}),
+            **({} if self.rounding is None else {"round_to": asdict(self.rounding)}),
             "seed": self.seed,
             "sample_batch_size": self.sample_batch_size,
             "calibration_tokens": self.calibration_tokens,
@@ -141,6 +144,8 @@ class Run:
             lines += ["", *_plan_lines(self.plan)]
         if self.quantization is not None:
             lines += ["", *_quantized_lines(self.quantization)]
+        if self.rounding is not None:
+            lines += ["", f"  neurons are multiples of {self.rounding}"]
         if self.save_dir:
             lines += ["", f"  saved to {self.save_dir}"]
         spent = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())

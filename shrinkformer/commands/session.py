@@ -18,6 +18,7 @@ from shrinkformer.commands.memory import GIB, Footprint, available_bytes
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.report import Measured, Run, write_report
 from shrinkformer.efficiency.macs import model_macs
+from shrinkformer.efficiency.rounding import Rounding, choose_multiple
 from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, folder_bytes, peak_memory_bytes
 from shrinkformer.errors import InputError
 from shrinkformer.prune.allocation import require_feasible
@@ -89,6 +90,7 @@ class Session:
     resources: Resources
     seconds: dict[str, float]  # of the steps that all budgets share
     dense: Measured = field(default_factory=lambda: Measured({}, 0.0, 0, 0))
+    rounding: Rounding | None = None  # where --round_to is found by measuring
     calibrated: Calibrated | None = None
 
     @property
@@ -146,6 +148,7 @@ class Session:
             device=job.device,
             seconds=seconds | {"total": sum(seconds.values())},
             peak_memory_bytes=peak_memory_bytes(job.device),
+            rounding=self.rounding,
             **found,
         )
 
@@ -165,9 +168,6 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
     Raises:
         InputError: The model does not fit into memory, and has to.
     """
-    budgets = [
-        Budget(mu, job.sequence_length, options.round_to, options.min_heads, options.min_neurons) for mu in options.mu
-    ]
     if job.source.quantized and options.calibrates:
         raise InputError(
             f"--model_name {job.source.name}: it is quantized already; pass the float checkpoint it was made from."
@@ -192,12 +192,17 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
             f"--max_memory: {whole}, which takes {footprint.resident / GIB:,.1f} GiB, but {limit / GIB:,.1f} GiB "
             f"are allowed or free; allow more, {remedy}."
         )
+    rounding = _measured_rounding(job, options, shapes)
+    round_to = options.round_to if rounding is None else rounding.multiple
+    round_to = 1 if round_to is None else round_to
+    budgets = [Budget(mu, job.sequence_length, round_to, options.min_heads, options.min_neurons) for mu in options.mu]
     if options.dry_run:
         job.say(describe(job, shapes, budgets, options, footprint=footprint, limit=limit))
         return
     for budget in budgets if options.budget == "macs" else ():  # time is not known yet
         require_feasible(CostModel.of(layer_views(shapes), budget))
     session = _start(job, options, seconds, lazily=lazily, limit=limit)
+    session.rounding = rounding
     job.say(f"evaluating the dense model on {job.task_name}")
     location = Path(job.source.location)
     with timed(seconds, "evaluation"):
@@ -211,6 +216,20 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
             say(f"  report: {write_report(run, options.output_dir / job.stem)}\n")
     if session.resources.store is not None and job.workers.is_main:
         session.resources.store.clear()
+
+
+def _measured_rounding(job: Job, options: PruneOptions, shapes: PreTrainedModel) -> Rounding | None:
+    """What ``--round_to auto`` stands for; None where nothing is asked for or pruned, and on a dry run."""
+    if options.round_to is not None or options.dry_run or not any(mu < 1 for mu in options.mu):
+        return None
+    view = layer_views(shapes)[0]
+    found = None
+    if job.workers.is_main:
+        gated = view.architecture.feed_forward.gated
+        found = choose_multiple(view.hidden_size, view.neurons, gated=gated, device=job.device, dtype=job.dtype)
+    rounding = job.workers.broadcast(found)
+    job.say(f"--round_to auto: {rounding}")
+    return rounding
 
 
 def _start(job: Job, options: PruneOptions, seconds: dict[str, float], *, lazily: bool, limit: float) -> Session:

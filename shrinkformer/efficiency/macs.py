@@ -108,6 +108,26 @@ def model_macs(layers: Sequence[LayerSize], hidden_size: int, sequence_length: f
     )
 
 
+def step_macs(layers: Sequence[LayerSize], hidden_size: int, context: float) -> float:
+    """MACs of all layers for one more token of a sequence whose keys and values are cached.
+
+    Args:
+        layers: Sizes of each layer.
+        hidden_size: d, width of the residual stream.
+        context: Tokens that it attends to, itself included.
+
+    >>> step_macs([LayerSize(heads=12, head_size=64, neurons=3072)] * 12, 768, context=1024) / 1e6  # GPT-2
+    103.809024
+    """
+    total = 0.0
+    for layer in layers:
+        widths = layer.query_width, layer.value_width
+        projections = (1 + layer.queries) * hidden_size * sum(widths)
+        total += layer.heads * (projections + 2 * layer.queries * context * max(widths))
+        total += layer.neurons * neuron_macs(1, hidden_size, layer.gated)
+    return total
+
+
 def count_matmul_macs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
     """Count the MACs of the matrix products that a forward pass really does inside the transformer layers.
 

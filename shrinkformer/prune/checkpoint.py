@@ -31,7 +31,7 @@ from shrinkformer.prune.surgery import kept_sizes
 FORMAT = 1
 PLAN_FILE = "shrinkformer_plan.json"
 
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     "ForTokenClassification": "AutoModelForTokenClassification",
@@ -40,6 +40,7 @@ _AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
 }
+"""The Auto class of a model with a head, by how the name of its class ends."""
 
 SIDE_FILES = (  # what sentence-transformers needs beside the model
     "modules.json",
@@ -216,9 +217,9 @@ def stock_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def _auto_map(stock: type[PreTrainedModel]) -> dict[str, str]:
     """Which class of the folder each Auto class should use."""
     module = Path(inspect.getfile(pruned_modeling)).stem
-    head = next((suffix for suffix in _AUTO_CLASSES if stock.__name__.endswith(suffix)), "Model")
+    head = next((suffix for suffix in AUTO_CLASSES if stock.__name__.endswith(suffix)), "Model")
     family = stock.__name__.removesuffix(head)
     entries = {"AutoModel": f"{module}.{family}Model"}
-    if head in _AUTO_CLASSES:
-        entries[_AUTO_CLASSES[head]] = f"{module}.{stock.__name__}"
+    if head in AUTO_CLASSES:
+        entries[AUTO_CLASSES[head]] = f"{module}.{stock.__name__}"
     return entries

@@ -1,7 +1,7 @@
 """How long blocks of different sizes take on this machine."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import LayerView, layer_views
-from shrinkformer.efficiency.latency import time_once
+from shrinkformer.efficiency.latency import random_batch, time_in_turns
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.errors import BudgetError, InputError
 from shrinkformer.prune.budget import CostModel, layer_sizes
@@ -83,8 +83,9 @@ class LatencyTable:
             for some, query, value in product(heads, widths["query_width"], widths["value_width"])
         ]
         sizes = [*attention, *(replace(full, neurons=some) for some in neurons)]
-        ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-        times = np.array(_time_blocks(model, view, sizes, ids.to(model.device), repeats))
+        generator = torch.Generator().manual_seed(seed)
+        batch = random_batch(shape, model.config.vocab_size, generator, model.device)
+        times = np.array(_time_blocks(model, view, sizes, batch, repeats))
         feed_forward = np.maximum.accumulate(times[len(attention) :])
         feed_forward = feed_forward - feed_forward[0]
         cube = times[: len(attention)].reshape(len(heads), len(widths["query_width"]), len(widths["value_width"]))
@@ -172,19 +173,15 @@ def _grid(full: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 
 def _time_blocks(
-    model: PreTrainedModel, view: LayerView, sizes: Sequence[LayerSize], ids: Tensor, repeats: int
+    model: PreTrainedModel, view: LayerView, sizes: Sequence[LayerSize], batch: Mapping[str, Tensor], repeats: int
 ) -> list[float]:
     """Milliseconds of blocks of these sizes, which take turns; the fastest run of each is the least disturbed one."""
     with torch.inference_mode():
-        stream = BlockStream(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
-        blocks = [_filled(view, size) for size in sizes]
-        times: list[list[float]] = [[] for _ in sizes]
-        for turn in range(repeats + 1):
-            for block, kept in zip(blocks, times, strict=True):
-                elapsed = time_once(partial(stream.call, block, 0), model.device)
-                if turn:  # the first is a rehearsal
-                    kept.append(1000 * elapsed)
-    return [min(values) for values in times]
+        stream = BlockStream(model, [batch])
+        blocks = {number: _filled(view, size) for number, size in enumerate(sizes)}
+        calls = {number: partial(stream.call, block, 0) for number, block in blocks.items()}
+        seconds = time_in_turns(calls, model.device, repeats=repeats)
+    return [1000 * min(values) for values in seconds.values()]
 
 
 def _filled(view: LayerView, size: LayerSize) -> nn.Module:

@@ -1,0 +1,178 @@
+"""Models as ONNX files that onnxruntime runs, and that give the outputs that torch gives."""
+
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shrinkformer.errors import InputError, ShrinkformerError
+from shrinkformer.export.runtime import OnnxModel, require_onnx
+from shrinkformer.export.tracing import Inputs, Traced, TracedDecoder, float_copy, has_cache, require_tokens
+from shrinkformer.utils.inputs import accepted_inputs
+from shrinkformer.utils.modes import evaluation_mode
+
+TOLERANCE = 1e-4
+"""Of onnxruntime's outputs, relative to the largest output of the model."""
+
+_INLINE_LIMIT = 2_000_000_000
+"""Bytes of weights in the ``.onnx`` file itself; protobuf allows no more than 2^31 for everything."""
+
+
+def export_onnx(
+    model: PreTrainedModel, path: Path, example: Mapping[str, Tensor], *, cache: bool | None = None
+) -> None:
+    """Write a model as ONNX, and see that onnxruntime gives the outputs that torch gives.
+
+    Batch and sequence length are free. The outputs are the tensors of the model's output, by their names there. A
+    language model takes and gives its cache, as ``past_key_values.<block>.key`` and ``.value`` of ``(batch, heads,
+    cached tokens, width)`` and ``present.<block>.key`` and ``.value``. Weights of more than 2 GB go to a file
+    ``<path>.data`` beside ``path``.
+
+    Args:
+        model: Left as it is. What is not float32 is exported so.
+        path: The file; whole, or left as it was.
+        example: Inputs, ``(batch, sequence)`` integers by the names of the model's arguments; others are left out.
+        cache: Export the cache; by default where the model generates with one.
+
+    Raises:
+        InputError: The packages are missing, or the example is none. Nothing has been exported then.
+        ShrinkformerError: torch cannot export the model, or the outputs differ.
+    """
+    require_onnx("the ONNX export")
+    require_file(path)
+    tokens = require_tokens(accepted_inputs(model, example))
+    model = float_copy(model)
+    with evaluation_mode(model), torch.no_grad():
+        cached = has_cache(model) if cache is None else cache
+        traced = TracedDecoder(model) if cached else Traced(model, tuple(tokens))
+        checks = traced.checks(tokens)
+        program = trace(traced, tokens, list(checks[0][1]))
+    tidy(program)
+    write_checked(program, path, checks)
+
+
+def require_file(path: Path) -> None:
+    """Check that a path may be that of a file.
+
+    Raises:
+        InputError: It is a folder.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the path of a file, such as {path / 'model.onnx'}.")
+
+
+def trace(traced: Traced, example: Mapping[str, Tensor], outputs: Sequence[str]) -> Any:
+    """The ``ONNXProgram`` of a model.
+
+    Args:
+        traced: The model.
+        example: Inputs, as for :func:`export_onnx`.
+        outputs: Names of the outputs.
+
+    Raises:
+        ShrinkformerError: torch cannot export the model.
+    """
+    inputs, axes = traced.example(example), traced.axes()
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of torchvision, which is not used
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                traced,
+                tuple(inputs.values()),
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=(tuple(axes[name] for name in inputs),),
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise ShrinkformerError(
+            f"torch {torch.__version__} cannot export {type(traced.model).__name__} as ONNX: {reason}; "
+            "choose another format."
+        ) from error
+    finally:
+        log.setLevel(level)
+    return program
+
+
+def tidy(program: Any, *, keep: str = "") -> None:
+    """Remove what torch noted about nodes (lines of source, folders), but for one key of their metadata."""
+    for node in program.model.graph.all_nodes():
+        kept = {key: value for key, value in node.metadata_props.items() if key == keep}
+        node.metadata_props.clear()
+        node.metadata_props.update(kept)
+    for value in list(program.model.graph.initializers.values()):
+        value.name = value.name.removeprefix("model.")  # the name of the model in `Traced`
+
+
+def write_checked(program: Any, path: Path, checks: Sequence[tuple[Inputs, Inputs]]) -> None:
+    """Write a program to a file that appears when onnxruntime gives the outputs that it should.
+
+    Args:
+        program: An ``ONNXProgram``.
+        path: The file; more than 2 GB of weights go to ``<path>.data``.
+        checks: Pairs of inputs and outputs by name.
+
+    Raises:
+        ShrinkformerError: Outputs differ; nothing was written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        _save(program, folder / path.name)
+        check_outputs(folder / path.name, checks)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # the model after its data
+            os.replace(file, path.parent / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save(program: Any, path: Path) -> None:
+    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    program.save(path, external_data=size > _INLINE_LIMIT)
+    for file in path.parent.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+
+
+def check_outputs(path: Path, checks: Sequence[tuple[Inputs, Inputs]]) -> None:
+    """Compare onnxruntime's outputs with those that they should be.
+
+    Raises:
+        ShrinkformerError: They differ by more than :data:`TOLERANCE`.
+    """
+    model = OnnxModel(path)
+    for inputs, expected in checks:
+        found = model(inputs)
+        for name, wanted in expected.items():
+            error = difference(torch.from_numpy(found[name]), wanted, inputs.get("attention_mask"))
+            if not error <= TOLERANCE:  # also where it is not a number
+                raise ShrinkformerError(
+                    f"{name} of the ONNX file differs from the model's by {error:.1e} of its largest value, for inputs "
+                    f"of shape {tuple(next(iter(inputs.values())).shape)}; nothing was written. Please report this."
+                )
+
+
+def difference(found: Tensor, wanted: Tensor, mask: Tensor | None) -> float:
+    """Largest difference relative to the largest value; of tokens, where there is one row for each."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    if mask is not None and wanted.ndim == 4:  # a cache, (batch, heads, tokens, width)
+        found, wanted = found.transpose(1, 2), wanted.transpose(1, 2)
+    if mask is not None and wanted.ndim >= 3 and wanted.shape[0] == mask.shape[0]:
+        # Padding on the left of a decoder attends to nothing, and its rows are what a library makes of that.
+        mask = mask[:, -wanted.shape[1] :].bool()  # a step behind a cache has fewer tokens than the mask
+        found, wanted = found[mask], wanted[mask]
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
