@@ -20,6 +20,7 @@ from shrinkformer.commands.report import Measured, Run, write_report
 from shrinkformer.efficiency.macs import model_macs
 from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, folder_bytes, peak_memory_bytes
 from shrinkformer.errors import InputError
+from shrinkformer.export.runtime import OnnxModel
 from shrinkformer.prune.allocation import require_feasible
 from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.hidden import Offload
@@ -90,6 +91,7 @@ class Session:
     seconds: dict[str, float]  # of the steps that all budgets share
     dense: Measured = field(default_factory=lambda: Measured({}, 0.0, 0, 0))
     calibrated: Calibrated | None = None
+    dense_onnx: OnnxModel | None = None
 
     @property
     def lazily(self) -> bool:

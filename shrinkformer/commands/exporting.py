@@ -1,0 +1,86 @@
+"""What commands do to write ONNX files beside a checkpoint and to time them."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shrinkformer.commands.cards import onnx_section
+from shrinkformer.commands.session import Session
+from shrinkformer.efficiency.latency import compare_latency, shape_name
+from shrinkformer.export.onnx_export import export_onnx
+from shrinkformer.export.runtime import OnnxModel
+from shrinkformer.export.tracing import has_cache
+from shrinkformer.utils.files import write_atomically
+
+ONNXRUNTIME = "onnxruntime"
+"""Name of the runtime in reports."""
+
+ONNX_FILE = Path("onnx") / "model.onnx"
+"""In a checkpoint folder: where Optimum and sentence-transformers look."""
+
+INT8_FILE = ONNX_FILE.with_name("model_int8.onnx")
+
+_LONGEST = 64
+"""Tokens of an example that a file is checked on; it holds for any number."""
+
+_TITLE = "## ONNX"
+
+
+def write_onnx(model: PreTrainedModel, folder: Path, example: Mapping[str, Tensor], *, own_card: bool = True) -> Path:
+    """Export a model to where others look for it in its folder, and say so in its model card.
+
+    Args:
+        model: As it is in the folder.
+        folder: Of the checkpoint.
+        example: Some inputs of the model.
+        own_card: Whether the model card is ours, so that we may add to it.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        ShrinkformerError: It cannot be exported.
+    """
+    path = folder / ONNX_FILE
+    export_onnx(model, path, shortened(example))
+    if own_card:
+        add_to_card(folder / "README.md", onnx_section(model.config, cached=has_cache(model)))
+    return path
+
+
+def shortened(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A few rows and tokens of a batch."""
+    return {name: value[:3, :_LONGEST].clone() for name, value in example.items()}
+
+
+def add_to_card(card: Path, section: str) -> None:
+    """Put a section about ONNX at the end of a model card, in place of an earlier one."""
+    before = card.read_text(encoding="utf-8") if card.is_file() else ""
+    before = before.partition(f"\n{_TITLE}\n")[0].rstrip()
+    write_atomically(card, f"{before}\n\n{section}" if before else section)
+
+
+def time_onnx(session: Session, models: Mapping[str, OnnxModel]) -> dict[str, dict[str, float]]:
+    """Median milliseconds of models in onnxruntime by shape, in turns; nothing for models on a GPU.
+
+    They take turns with each other but not with models in torch: threads of one runtime spin while another one starts.
+    """
+    job = session.job
+    if torch.device(job.device).type != "cpu":
+        return {name: {} for name in models}
+    found = compare_latency(models, job.shapes, vocabulary_size=job.source.config.vocab_size)
+    return {name: {shape_name(shape): time.median for shape, time in times.items()} for name, times in found.items()}
+
+
+def dense_onnx(session: Session) -> OnnxModel:
+    """The dense model in onnxruntime; exported once for all budgets, and kept in memory only."""
+    if session.dense_onnx is None:
+        with tempfile.TemporaryDirectory(prefix="shrinkformer-") as scratch:
+            path = Path(scratch) / "model.onnx"
+            export_onnx(session.model, path, shortened(session.job.batches[0]))
+            session.dense_onnx = OnnxModel(path)
+    return session.dense_onnx
