@@ -35,6 +35,9 @@ from shrinkformer.export.int8 import Deviation, quantize_dynamic_int8
 from shrinkformer.export.onnx_export import TOLERANCE
 from shrinkformer.export.runtime import require_onnx
 from shrinkformer.prune.checkpoint import PLAN_FILE, copy_extras, may_be_replaced, replacing, save_tokenizer
+from shrinkformer.quantize.grid import QuantizedWeight
+from shrinkformer.quantize.onnx_export import packable
+from shrinkformer.quantize.reading import read_quantized_weights
 
 PROG = "shrinkformer export"
 
@@ -75,20 +78,17 @@ def export_command(arguments: Sequence[str] | None) -> None:
         ExportOptions, arguments, prog=PROG, description="Write a model as an ONNX file, checked in onnxruntime."
     )
     source = find_any(options.model, "MODEL")
-    if options.dynamic_int8 and generates(source.config):
-        raise InputError(
-            f"--dynamic_int8: {source.name} is a language model, and 8-bit activations are for encoders; "
-            "use quantize_opt.py --bits 8 --format onnx."
-        )
+    if options.dynamic_int8 and (generates(source.config) or source.quantized):
+        what = "quantized already" if source.quantized else "a language model, and 8-bit activations are for encoders"
+        raise InputError(f"--dynamic_int8: {source.name} is {what}; leave --dynamic_int8 out.")
     folder = find_target(source, options.output)
     tokenizer = load_tokenizer(source) if may_have_tokenizer(source.location) else None
     say(f"loading {source.name} from {source.location}")
     model, _ = load_model(source, class_of(source), "cpu", torch.float32)
-    if source.quantized:
-        say("its weights are decoded: the file holds them in float32; quantize with --format onnx to keep integers")
+    weights = integers(source, model) if source.quantized else {}
     example = example_of(source, tokenizer)
     with writable(folder, source, model, tokenizer) as place:
-        path = write_onnx(model, place, example, own_card=(place / PLAN_FILE).is_file())
+        path = write_onnx(model, place, example, weights=weights, own_card=(place / PLAN_FILE).is_file())
         found = quantize_dynamic_int8(path, place / INT8_FILE, example) if options.dynamic_int8 else {}
     size = _megabytes(folder / ONNX_FILE)
     say(f"exported to {folder / ONNX_FILE} ({size}); ONNX Runtime gives equal outputs to {TOLERANCE:g}")
@@ -111,6 +111,14 @@ def find_target(source: Source, output: Path | None) -> Path:
     if folder.resolve() != own and (not may_be_replaced(folder) or any(folder.glob("*.safetensors"))):
         raise InputError(f"{flag}: it holds something else than an earlier export; choose a new --output folder.")
     return Path(source.location) if output is None and mine else folder
+
+
+def integers(source: Source, model: PreTrainedModel) -> dict[str, QuantizedWeight]:
+    """Those of a model's quantized layers that an ONNX file holds as they are; the others become float32 there."""
+    every = read_quantized_weights(Path(source.location), source.config.quantization_config)
+    found = packable(model, every)
+    say(f"{len(found)} of {len(every)} quantized layers keep their integers (4 or 8 bits, no embeddings)")
+    return found
 
 
 @contextmanager

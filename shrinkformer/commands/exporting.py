@@ -14,7 +14,10 @@ from shrinkformer.efficiency.latency import compare_latency, shape_name
 from shrinkformer.export.onnx_export import export_onnx
 from shrinkformer.export.runtime import OnnxModel
 from shrinkformer.export.tracing import has_cache
+from shrinkformer.quantize.grid import QuantizedWeight
+from shrinkformer.quantize.onnx_export import export_onnx as export_quantized
 from shrinkformer.utils.files import write_atomically
+from shrinkformer.utils.inputs import accepted_inputs
 
 ONNXRUNTIME = "onnxruntime"
 """Name of the runtime in reports."""
@@ -30,13 +33,21 @@ _LONGEST = 64
 _TITLE = "## ONNX"
 
 
-def write_onnx(model: PreTrainedModel, folder: Path, example: Mapping[str, Tensor], *, own_card: bool = True) -> Path:
+def write_onnx(
+    model: PreTrainedModel,
+    folder: Path,
+    example: Mapping[str, Tensor],
+    *,
+    weights: Mapping[str, QuantizedWeight] | None = None,
+    own_card: bool = True,
+) -> Path:
     """Export a model to where others look for it in its folder, and say so in its model card.
 
     Args:
         model: As it is in the folder.
         folder: Of the checkpoint.
         example: Some inputs of the model.
+        weights: Integers of its quantized layers.
         own_card: Whether the model card is ours, so that we may add to it.
 
     Returns:
@@ -46,7 +57,10 @@ def write_onnx(model: PreTrainedModel, folder: Path, example: Mapping[str, Tenso
         ShrinkformerError: It cannot be exported.
     """
     path = folder / ONNX_FILE
-    export_onnx(model, path, shortened(example))
+    if weights:
+        export_quantized(model, weights, path, accepted_inputs(model, shortened(example)), cache=has_cache(model))
+    else:
+        export_onnx(model, path, shortened(example))
     if own_card:
         add_to_card(folder / "README.md", onnx_section(model.config, cached=has_cache(model)))
     return path
