@@ -15,7 +15,7 @@ from shrinkformer.export.onnx_export import of_tokens
 from shrinkformer.export.runtime import OnnxModel, require_onnx
 
 _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
-"""Tells onnxruntime that shapes are known; the exporter writes them. It would ask for that in a message otherwise."""
+"""Tells onnxruntime that the graph is optimized, as the exporter leaves it; it would ask for that in a message."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def quantize_dynamic_int8(source: Path, path: Path, example: Mapping[str, Tensor
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source)
+    del model.graph.value_info[:]  # it transposes weights, then trips over their former shapes; it infers them anyway
     model.metadata_props.add(key=_PREPARED[0], value=_PREPARED[1])
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         written = Path(scratch) / path.name

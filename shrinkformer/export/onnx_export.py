@@ -27,7 +27,7 @@ _INLINE_LIMIT = 2_000_000_000
 
 
 def export_onnx(
-    model: PreTrainedModel, path: Path, example: Mapping[str, Tensor], *, cache: bool | None = None
+    model: PreTrainedModel, path: str | os.PathLike[str], example: Mapping[str, Tensor], *, cache: bool | None = None
 ) -> None:
     """Write a model as ONNX, and see that onnxruntime gives the outputs that torch gives.
 
@@ -47,6 +47,7 @@ def export_onnx(
         ShrinkformerError: torch cannot export the model, or the outputs differ.
     """
     require_onnx("the ONNX export")
+    path = Path(path)
     require_file(path)
     tokens = require_tokens(accepted_inputs(model, example))
     model = float_copy(model)
