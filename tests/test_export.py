@@ -17,6 +17,7 @@ from shrinkformer.architectures import layer_views
 from shrinkformer.commands import export as command
 from shrinkformer.commands import prune_bert
 from shrinkformer.commands.export import main
+from shrinkformer.commands.exporting import describe_onnx
 from shrinkformer.commands.quantize_bert import main as quantize
 from shrinkformer.errors import CheckpointError, InputError, ShrinkformerError
 from shrinkformer.export import onnx_export, runtime
@@ -198,6 +199,7 @@ def test_the_command_with_8_bits_in_a_new_folder(tmp_path: Path, capsys: pytest.
         expected = model(**inputs).logits
     assert not bool(inputs["attention_mask"].all())
     assert (torch.from_numpy(found["outputs"]["logits"]) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert f"| `logits` | {cosine} | {relative} |" in (target / "README.md").read_text()
     again = code((target / "README.md").read_text(), "encode_batch", target)
     assert (again["outputs"]["logits"] == found["outputs"]["logits"]).all()
 
@@ -264,6 +266,18 @@ def test_pruning_exports_and_times(task_data: Path, tmp_path: Path, capsys: pyte
     assert "onnx/model.onnx" in (tmp_path / "small" / "README.md").read_text()
 
 
+def test_a_card_says_once_how_a_file_is_run(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("# Mine\n\n## ONNX\nearlier\n\n## More\n\ntext\n")
+    for _ in range(2):
+        describe_onnx(tmp_path, build_model("opt", num_hidden_layers=1))
+        text = card.read_text()
+        assert text.startswith("# Mine\n\n## More\n\ntext\n\n## ONNX\n")
+        assert text.count("## ONNX") == text.count("past_key_values.") == 1
+    assert "earlier" not in text
+    assert "has to be put into this folder first" in text, "no tokenizer"
+
+
 def test_wrong_flags_of_export_are_told_before_anything_is_loaded(
     model_folder: Path, task_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,7 +309,7 @@ def test_wrong_input_of_the_command_is_told(
         ([str(model_folder), "--output", str(other / "config.json")], "is a file"),
         ([str(other), "--dynamic_int8"], "--dynamic_int8: other is a language model"),
     ):
-        assert main(arguments) == 2
+        assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
         assert expected in error
         assert error.count("\n") == 1

@@ -1,7 +1,10 @@
 """Model cards, README.md of what was saved."""
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedConfig
 
+from shrinkformer.export.int8 import Deviation
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.sites import EMBEDDINGS, POSITIONS
 from shrinkformer.quantize.config import Quantized
@@ -118,20 +121,28 @@ print(tokenizer.decode(tokens))
 """
 
 
-def onnx_section(config: PreTrainedConfig, *, cached: bool) -> str:
+ONNX_TITLE = "## ONNX\n"
+
+
+def onnx_section(config: PreTrainedConfig, *, cached: bool, tokenizer: bool, int8: Mapping[str, Deviation]) -> str:
     """How to run the ONNX file of a folder with onnxruntime alone.
 
     Args:
         config: Of the model.
         cached: Whether the file takes and gives keys and values, so that it generates.
+        tokenizer: Whether the folder holds ``tokenizer.json``.
+        int8: Deviations of the outputs of ``model_int8.onnx``, by name; none where there is no such file.
     """
     end = getattr(config, "eos_token_id", None)
     ends = [token for token in (end if isinstance(end, list) else [end]) if token is not None]
     code = _DECODER_CODE if cached else _ENCODER_CODE
-    return f"""## ONNX
-
-`onnx/model.onnx` gives the same outputs to 1e-4 of the largest. `pip install onnxruntime tokenizers` is enough:
+    missing = "" if tokenizer else " The `tokenizer.json` of the model has to be put into this folder first."
+    rows = [f"| `{name}` | {deviation.cosine:.4f} | {deviation.relative:.3f} |\n" for name, deviation in int8.items()]
+    table = "".join(["\n| `onnx/model_int8.onnx` | cosine | relative difference |\n|---|---|---|\n", *rows])
+    return f"""{ONNX_TITLE}
+`onnx/model.onnx` gives the same outputs to 1e-4 of the largest.{missing}
+`pip install onnxruntime tokenizers` is enough:
 
 ```python
 {code % {"pad": getattr(config, "pad_token_id", None) or 0, "end": ends}}```
-"""
+{table if rows else ""}"""

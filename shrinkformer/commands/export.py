@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.commands.console import run_command, say
-from shrinkformer.commands.exporting import INT8_FILE, ONNX_FILE, write_onnx
+from shrinkformer.commands.exporting import INT8_FILE, ONNX_FILE, describe_onnx, write_onnx
 from shrinkformer.commands.flags import parse_options
 from shrinkformer.commands.locate import (
     Source,
@@ -88,8 +88,10 @@ def export_command(arguments: Sequence[str] | None) -> None:
     weights = integers(source, model) if source.quantized else {}
     example = example_of(source, tokenizer)
     with writable(folder, source, model, tokenizer) as place:
-        path = write_onnx(model, place, example, weights=weights, own_card=(place / PLAN_FILE).is_file())
+        path = write_onnx(model, place, example, weights=weights)
         found = quantize_dynamic_int8(path, place / INT8_FILE, example) if options.dynamic_int8 else {}
+        if (place / PLAN_FILE).is_file():  # the folder is ours, and so is its model card
+            describe_onnx(place, model, found)
     size = _megabytes(folder / ONNX_FILE)
     say(f"exported to {folder / ONNX_FILE} ({size}); ONNX Runtime gives equal outputs to {TOLERANCE:g}")
     if options.dynamic_int8:

@@ -1,5 +1,6 @@
 """What commands do to write ONNX files beside a checkpoint and to time them."""
 
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shrinkformer.commands.cards import onnx_section
+from shrinkformer.commands.cards import ONNX_TITLE, onnx_section
 from shrinkformer.commands.session import Session
 from shrinkformer.efficiency.latency import compare_latency, shape_name
+from shrinkformer.export.int8 import Deviation
 from shrinkformer.export.onnx_export import export_onnx
 from shrinkformer.export.runtime import OnnxModel
 from shrinkformer.export.tracing import has_cache
@@ -30,8 +32,6 @@ INT8_FILE = ONNX_FILE.with_name("model_int8.onnx")
 _LONGEST = 64
 """Tokens of an example that a file is checked on; it holds for any number."""
 
-_TITLE = "## ONNX"
-
 
 def write_onnx(
     model: PreTrainedModel,
@@ -39,16 +39,14 @@ def write_onnx(
     example: Mapping[str, Tensor],
     *,
     weights: Mapping[str, QuantizedWeight] | None = None,
-    own_card: bool = True,
 ) -> Path:
-    """Export a model to where others look for it in its folder, and say so in its model card.
+    """Export a model to where others look for it in its folder.
 
     Args:
         model: As it is in the folder.
         folder: Of the checkpoint.
         example: Some inputs of the model.
         weights: Integers of its quantized layers.
-        own_card: Whether the model card is ours, so that we may add to it.
 
     Returns:
         Path of the file.
@@ -61,8 +59,6 @@ def write_onnx(
         export_quantized(model, weights, path, accepted_inputs(model, shortened(example)), cache=has_cache(model))
     else:
         export_onnx(model, path, shortened(example))
-    if own_card:
-        add_to_card(folder / "README.md", onnx_section(model.config, cached=has_cache(model)))
     return path
 
 
@@ -71,26 +67,41 @@ def shortened(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value[:3, :_LONGEST].clone() for name, value in example.items()}
 
 
-def add_to_card(card: Path, section: str) -> None:
-    """Put a section about ONNX at the end of a model card, in place of an earlier one."""
+def describe_onnx(folder: Path, model: PreTrainedModel, int8: Mapping[str, Deviation] | None = None) -> None:
+    """Say in a model card how its ONNX file is run, in place of what it said about an earlier one.
+
+    Args:
+        folder: Of the checkpoint.
+        model: The model.
+        int8: How far the outputs of a file with 8-bit weights are from the others, if there is one.
+    """
+    card = folder / "README.md"
+    section = onnx_section(
+        model.config, cached=has_cache(model), tokenizer=(folder / "tokenizer.json").is_file(), int8=int8 or {}
+    )
     before = card.read_text(encoding="utf-8") if card.is_file() else ""
-    before = before.partition(f"\n{_TITLE}\n")[0].rstrip()
+    before = re.sub(rf"(?ms)^{ONNX_TITLE}.*?(?=^## |\Z)", "", before).rstrip()
     write_atomically(card, f"{before}\n\n{section}" if before else section)
 
 
-def time_onnx(session: Session, models: Mapping[str, OnnxModel]) -> dict[str, dict[str, float]]:
-    """Median milliseconds of models in onnxruntime by shape, in turns; nothing for models on a GPU.
+def time_onnx(session: Session, path: Path) -> dict[str, dict[str, float]]:
+    """Median milliseconds of the dense and of the pruned model in onnxruntime by shape; nothing for models on a GPU.
 
     They take turns with each other but not with models in torch: threads of one runtime spin while another one starts.
+
+    Args:
+        session: With the dense model.
+        path: Of the pruned model's file.
     """
     job = session.job
     if torch.device(job.device).type != "cpu":
-        return {name: {} for name in models}
+        return {}
+    models = {"dense": _dense_onnx(session), "pruned": OnnxModel(path)}
     found = compare_latency(models, job.shapes, vocabulary_size=job.source.config.vocab_size)
     return {name: {shape_name(shape): time.median for shape, time in times.items()} for name, times in found.items()}
 
 
-def dense_onnx(session: Session) -> OnnxModel:
+def _dense_onnx(session: Session) -> OnnxModel:
     """The dense model in onnxruntime; exported once for all budgets, and kept in memory only."""
     if session.dense_onnx is None:
         with tempfile.TemporaryDirectory(prefix="shrinkformer-") as scratch:
