@@ -84,6 +84,7 @@ def _add_flag(parser: argparse.ArgumentParser, entry: "Field[Any]") -> None:
 
 _VALUE_TYPES: dict[str, Any] = {
     str(str): str,
+    str(str | None): str,
     str(int): int,
     str(int | None): int,
     str(tuple[str, ...]): str,

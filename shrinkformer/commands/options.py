@@ -12,6 +12,7 @@ import torch
 from shrinkformer.dataset.corpora import CORPORA, get_corpus, require_different_files
 from shrinkformer.dataset.tasks import TASKS, get_task
 from shrinkformer.errors import InputError
+from shrinkformer.export.runtime import require_onnx
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import may_be_replaced
 from shrinkformer.prune.methods import DEFAULT_METHOD, METHOD_NAMES, SHRINK, WHOLE_MODEL, require_method
@@ -20,6 +21,7 @@ BUNDLED_MODEL = "all-MiniLM-L6-v2"
 BUNDLED_DECODER = "opt-mini"
 BUDGETS = ("macs", "latency")
 AUTO = "auto"
+EXPORTS = ("onnx",)
 
 
 def option(default: Any, help_text: str, **argument: Any) -> Any:
@@ -72,6 +74,9 @@ class PruneOptions:
     batch_size: int = option(32, "examples per forward pass; changes speed and memory, not results")
     save_dir: Path | None = option(None, "where the pruned model goes (default: below --output_dir)")
     output_dir: Path = option(Path("output"), "where reports go")
+    export: str | None = option(
+        None, f"also write the pruned model for another runtime, and time it there: {', '.join(EXPORTS)}"
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:<n>")
     max_memory: float | None = option(
         None,
@@ -122,6 +127,21 @@ class PruneOptions:
             shown = " ".join(map(str, self.latency_shape))
             raise InputError(f"--latency_shape {shown}: give two positive numbers, examples and tokens.")
 
+    def _check_export(self) -> None:
+        if self.export is None:
+            return
+        if self.export not in EXPORTS:
+            raise InputError(f"--export {self.export!r}: choose one of {', '.join(EXPORTS)}.")
+        if self.quantizes:
+            raise InputError(
+                f"--export {self.export}: quantized models are written as ONNX by --format onnx; use that."
+            )
+        if all(mu == 1 for mu in self.mu):
+            raise InputError(
+                f"--export {self.export}: at --mu 1 no model is written; use shrinkformer export for the dense one."
+            )
+        require_onnx(f"--export {self.export}")
+
     def __post_init__(self) -> None:
         require_method(self.method)
         self._check_flags_of_shrink()
@@ -134,6 +154,7 @@ class PruneOptions:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1.")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: must not be negative.")
+        self._check_export()
         if self.max_memory is not None and not self.max_memory > 0:
             raise InputError(f"--max_memory {self.max_memory}: must be positive; it is in GiB.")
         if self.data_dir is not None and not self.data_dir.is_dir():

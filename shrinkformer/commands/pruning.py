@@ -9,12 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from shrinkformer.commands.cards import model_card
+from shrinkformer.commands.exporting import ONNXRUNTIME, describe_onnx, time_onnx, write_onnx
 from shrinkformer.commands.locate import load_model
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.report import Measured, Run
 from shrinkformer.commands.session import Job, Session, measure, run_job
 from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.errors import CheckpointError
+from shrinkformer.export.onnx_export import TOLERANCE
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.plan import Plan
@@ -35,6 +37,8 @@ def run_pruning(job: Job, options: PruneOptions, seconds: dict[str, float]) -> N
     Raises:
         InputError: The model does not fit into memory, and has to.
     """
+    if options.export is not None:
+        job = replace(job, whole=job.whole or f"--export {options.export} takes the whole model")
     run_job(job, options, seconds, prune_once)
 
 
@@ -69,6 +73,7 @@ def _prune_in_memory(
         if job.workers.is_main:
             _require_equal_outputs(job, result.model, folder)
         job.workers.barrier()
+    runtimes = _export(session, result.model, folder, seconds)
     with timed(seconds, "evaluation"):
         pruned = measure(session, result.model, replace(session.resources, store=None), folder)
         models = {"dense": calibrated.model, "pruned": result.model}
@@ -78,8 +83,24 @@ def _prune_in_memory(
             if job.workers.is_main
             else {name: {} for name in models}
         )
-    dense = replace(session.dense, latency_ms=latency["dense"])
-    return dense, replace(pruned, latency_ms=latency["pruned"]), result.plan
+    dense = replace(session.dense, latency_ms=latency["dense"], runtimes=runtimes.get("dense", {}))
+    pruned = replace(pruned, latency_ms=latency["pruned"], runtimes=runtimes.get("pruned", {}))
+    return dense, pruned, result.plan
+
+
+def _export(
+    session: Session, model: PreTrainedModel, folder: Path, seconds: dict[str, float]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Write and time what ``--export`` asks for; milliseconds by model, runtime and shape."""
+    job = session.job
+    if session.options.export is None or not job.workers.is_main:
+        return {}
+    with timed(seconds, "export"):
+        path = write_onnx(model, folder, job.batches[0])
+        describe_onnx(folder, model)
+        job.say(f"exported to {path}; ONNX Runtime gives equal outputs to {TOLERANCE:g}")
+        times = time_onnx(session, path)
+    return {name: {ONNXRUNTIME: found} for name, found in times.items()}
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:

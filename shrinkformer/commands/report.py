@@ -31,6 +31,7 @@ class Measured:
         parameters: Number of weights, shared ones counted once.
         bytes: Size of the weight file.
         latency_ms: Median milliseconds by shape, such as ``8x128`` for eight inputs of 128 tokens.
+        runtimes: The same in other runtimes, by their names, such as ``onnxruntime``.
     """
 
     metrics: dict[str, float]
@@ -38,6 +39,7 @@ class Measured:
     parameters: int
     bytes: int
     latency_ms: dict[str, float] = field(default_factory=dict)
+    runtimes: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the report."""
@@ -47,6 +49,7 @@ class Measured:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "latency_ms": self.latency_ms,
+            **({"runtimes": self.runtimes} if self.runtimes else {}),
         }
 
 
@@ -140,6 +143,10 @@ class Run:
         for shape in self.dense.latency_ms:
             values = [some.latency_ms[shape] for some in models.values()]
             lines.append(_ratio_row(f"latency {shape} (ms)", values, 1.0))
+        for runtime, times in self.dense.runtimes.items():
+            for shape in times:
+                values = [some.runtimes[runtime][shape] for some in models.values()]
+                lines.append(_ratio_row(f"{runtime} {shape} (ms)", values, 1.0))
         if self.plan is not None:
             lines += ["", *_plan_lines(self.plan)]
         if self.quantization is not None:

@@ -21,6 +21,7 @@ from shrinkformer.efficiency.macs import model_macs
 from shrinkformer.efficiency.rounding import Rounding, choose_multiple
 from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, folder_bytes, peak_memory_bytes
 from shrinkformer.errors import InputError
+from shrinkformer.export.runtime import OnnxModel
 from shrinkformer.prune.allocation import require_feasible
 from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.hidden import Offload
@@ -92,6 +93,7 @@ class Session:
     dense: Measured = field(default_factory=lambda: Measured({}, 0.0, 0, 0))
     rounding: Rounding | None = None  # where --round_to is found by measuring
     calibrated: Calibrated | None = None
+    dense_onnx: OnnxModel | None = None
 
     @property
     def lazily(self) -> bool:

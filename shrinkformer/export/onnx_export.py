@@ -27,7 +27,7 @@ _INLINE_LIMIT = 2_000_000_000
 
 
 def export_onnx(
-    model: PreTrainedModel, path: Path, example: Mapping[str, Tensor], *, cache: bool | None = None
+    model: PreTrainedModel, path: str | os.PathLike[str], example: Mapping[str, Tensor], *, cache: bool | None = None
 ) -> None:
     """Write a model as ONNX, and see that onnxruntime gives the outputs that torch gives.
 
@@ -47,6 +47,7 @@ def export_onnx(
         ShrinkformerError: torch cannot export the model, or the outputs differ.
     """
     require_onnx("the ONNX export")
+    path = Path(path)
     require_file(path)
     tokens = require_tokens(accepted_inputs(model, example))
     model = float_copy(model)
@@ -169,10 +170,19 @@ def difference(found: Tensor, wanted: Tensor, mask: Tensor | None) -> float:
     """Largest difference relative to the largest value; of tokens, where there is one row for each."""
     if found.shape != wanted.shape:
         return float("inf")
-    if mask is not None and wanted.ndim == 4:  # a cache, (batch, heads, tokens, width)
-        found, wanted = found.transpose(1, 2), wanted.transpose(1, 2)
-    if mask is not None and wanted.ndim >= 3 and wanted.shape[0] == mask.shape[0]:
-        # Padding on the left of a decoder attends to nothing, and its rows are what a library makes of that.
-        mask = mask[:, -wanted.shape[1] :].bool()  # a step behind a cache has fewer tokens than the mask
-        found, wanted = found[mask], wanted[mask]
+    found, wanted = of_tokens(found, mask), of_tokens(wanted, mask)
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+
+
+def of_tokens(output: Tensor, mask: Tensor | None) -> Tensor:
+    """What an output says about tokens; padding on the left attends to nothing, and its rows are what that makes.
+
+    Args:
+        output: ``(batch, tokens, ...)``, a cache ``(batch, heads, tokens, width)``, or anything else, which stays.
+        mask: ``(batch, tokens)``, ones for tokens; a step behind a cache has fewer tokens than the mask.
+    """
+    if output.ndim == 4:
+        output = output.transpose(1, 2)
+    if mask is None or output.ndim < 3 or output.shape[0] != mask.shape[0] or output.shape[1] > mask.shape[1]:
+        return output
+    return output[mask[:, -output.shape[1] :].bool()]

@@ -54,7 +54,7 @@ class Traced(nn.Module):
     def axes(self) -> dict[str, Axes]:
         """The free axes of every input; all have the same."""
         axes = {axis: torch.export.Dim(name) for axis, name in _TOKENS.items()}
-        return {name: axes for name in self.names}
+        return dict.fromkeys(self.names, axes)
 
     def checks(self, given: Mapping[str, Tensor]) -> list[tuple[Inputs, Inputs]]:
         """Inputs and the model's outputs: of the example, of another shape, and with padding."""

@@ -76,11 +76,17 @@ def save(
     with replacing(Path(directory)) as folder:
         model.save_pretrained(folder)
         complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=card)
-        for name in SIDE_FILES:
-            if extras_from is not None and (extras_from / name).is_file():
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(extras_from / name, folder / name)
+        if extras_from is not None:
+            copy_extras(extras_from, folder)
     return Path(directory)
+
+
+def copy_extras(source: Path, folder: Path) -> None:
+    """Copy what other libraries need beside a model, such as the pooling of a sentence encoder."""
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,10 +85,8 @@ def save(
         finish_folder(folder, model, own, kind, schemes, plan=plan, tokenizer=tokenizer, dtype=dtype)
         if card is not None:
             (folder / "README.md").write_text(card)
-        for name in checkpoint.SIDE_FILES:
-            if extras_from is not None and (extras_from / name).is_file():
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(extras_from / name, folder / name)
+        if extras_from is not None:
+            checkpoint.copy_extras(extras_from, folder)
     return Path(directory)
 
 

@@ -42,6 +42,11 @@ class Stored:
         steps = self.codes.to(dtype) - self.zero.to(dtype)[:, self.group]
         return steps.mul_(self.scale.to(dtype)[:, self.group])
 
+    @property
+    def in_order(self) -> bool:
+        """Whether groups are neighbouring columns."""
+        return torch.equal(self.group, self.scheme.group_of(self.codes.shape[1]))
+
     def weight(self, name: str) -> QuantizedWeight:
         """This as a weight of this package.
 
@@ -49,7 +54,7 @@ class Stored:
             CheckpointError: Its groups are not neighbouring columns.
         """
         inputs = self.codes.shape[1]
-        if not torch.equal(self.group, self.scheme.group_of(inputs)):
+        if not self.in_order:
             raise CheckpointError(
                 f"{name}: its groups are not {self.scheme.width(inputs)} neighbouring columns (act-order); "
                 "load its float weights with read_quantized_state_dict."

@@ -16,25 +16,31 @@ from shrinkformer.architectures import Projection
 from shrinkformer.errors import InputError, ShrinkformerError
 from shrinkformer.export.onnx_export import require_file, tidy, trace, write_checked
 from shrinkformer.export.runtime import require_onnx
-from shrinkformer.export.tracing import Traced, float_copy, require_tokens
+from shrinkformer.export.tracing import Traced, TracedDecoder, float_copy, require_tokens
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.matmul_nbits import LAYER, Packed, as_nodes, pack
 from shrinkformer.utils.modes import evaluation_mode
 
 
 def export_onnx(
-    model: PreTrainedModel, weights: Mapping[str, QuantizedWeight], path: Path, example: Mapping[str, Tensor]
+    model: PreTrainedModel,
+    weights: Mapping[str, QuantizedWeight],
+    path: Path,
+    example: Mapping[str, Tensor],
+    *,
+    cache: bool = False,
 ) -> None:
     """Write a quantized model as ONNX, and see that onnxruntime gives the outputs that torch gives.
 
-    Batch and sequence length are free. The outputs are the tensors of the model's output, by their names there; caches
-    are left out. Weights of more than 2 GB go to a file ``<path>.data`` beside ``path``.
+    Batch and sequence length are free. The outputs are the tensors of the model's output, by their names there.
+    Weights of more than 2 GB go to a file ``<path>.data`` beside ``path``.
 
     Args:
         model: With the decoded weights in its quantized layers; left as it is. What is not float32 is exported so.
         weights: Codes and grids by the paths of their layers in ``model``.
         path: The file; whole, or left as it was.
         example: Inputs, ``(batch, sequence)`` integers by the names of the model's arguments.
+        cache: Take and give keys and values, as :func:`shrinkformer.export.onnx_export.export_onnx` does.
 
     Raises:
         InputError: The packages are missing, the example is none, or MatMulNBits cannot hold a weight. Nothing has
@@ -49,8 +55,8 @@ def export_onnx(
     tokens = require_tokens(example)
     packed = {name: pack(name, _projection(model, name), weight) for name, weight in weights.items()}
     model = _decoded(model, weights)
-    traced = Traced(model, tuple(tokens))
     with evaluation_mode(model), torch.no_grad():
+        traced = TracedDecoder(model) if cache else Traced(model, tuple(tokens))
         checks = traced.checks(tokens)
         with as_nodes(model, packed):
             program = trace(traced, tokens, list(checks[0][1]))
@@ -87,3 +93,15 @@ def _require_nodes(program: Any, packed: Mapping[str, Packed]) -> None:
             f"{missing[0]} and {len(missing) - 1} other quantized layers are not in the exported graph: "
             "the model does not use them for this example; quantize only layers that it uses."
         )
+
+
+def packable(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+    """Those weights that MatMulNBits holds: of linear layers, with 4 or 8 bits and groups that it knows."""
+    found = {}
+    for name, weight in weights.items():
+        try:
+            pack(name, _projection(model, name), weight)
+        except InputError:
+            continue
+        found[name] = weight
+    return found

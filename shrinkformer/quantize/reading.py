@@ -1,7 +1,7 @@
 """Read folders with quantized weights as ordinary ones, without the library that wrote them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from shrinkformer.errors import CheckpointError
 from shrinkformer.quantize.compressed_tensors import unread
 from shrinkformer.quantize.formats import FORMATS
+from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layout import Format
 
 
@@ -36,17 +37,8 @@ def read_quantized_state_dict(folder: Path, config: Mapping[str, Any], dtype: to
     format_ = find_format(config)
     state: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        files = _open_shards(folder, stack)
-        modules = [name.removesuffix(f".{format_.suffixes[0]}") for name in files if _starts(name, format_)]
-        if not modules:
-            raise CheckpointError(
-                f"{folder} has no {format_.suffixes[0]} tensor, although its config.json says {format_.name}; "
-                "download or quantize the model again."
-            )
-        ordinary = dict(files)
-        for module in modules:
-            parts = [name for suffix in format_.suffixes if (name := f"{module}.{suffix}") in files]
-            tensors = {name: ordinary.pop(name).get_tensor(name) for name in parts}
+        ordinary = _open_shards(folder, stack)
+        for module, tensors in _take_modules(folder, ordinary, format_):
             state[f"{module}.weight"] = format_.unpack(module, tensors, config).decode(dtype)
         for name, file in ordinary.items():
             if name in state:
@@ -54,6 +46,36 @@ def read_quantized_state_dict(folder: Path, config: Mapping[str, Any], dtype: to
             tensor = file.get_tensor(name)
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return state
+
+
+def read_quantized_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, QuantizedWeight]:
+    """The integers of a folder by module, without those that act-order gave groups of scattered columns.
+
+    Args:
+        folder: As for :func:`read_quantized_state_dict`.
+        config: The same.
+
+    Raises:
+        CheckpointError: The method or format is unknown, or the files do not hold what the configuration says.
+    """
+    format_ = find_format(config)
+    with ExitStack() as stack:
+        modules = _take_modules(folder, _open_shards(folder, stack), format_)
+        stored = {module: format_.unpack(module, tensors, config) for module, tensors in modules}
+    return {module: some.weight(module) for module, some in stored.items() if some.in_order}
+
+
+def _take_modules(folder: Path, files: dict[str, Any], format_: Format) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Tensors of every quantized module, which are taken out of ``files``."""
+    modules = [name.removesuffix(f".{format_.suffixes[0]}") for name in files if _starts(name, format_)]
+    if not modules:
+        raise CheckpointError(
+            f"{folder} has no {format_.suffixes[0]} tensor, although its config.json says {format_.name}; "
+            "download or quantize the model again."
+        )
+    for module in modules:
+        parts = [name for suffix in format_.suffixes if (name := f"{module}.{suffix}") in files]
+        yield module, {name: files.pop(name).get_tensor(name) for name in parts}
 
 
 def find_format(config: Mapping[str, Any]) -> Format:
