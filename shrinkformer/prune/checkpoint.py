@@ -26,6 +26,7 @@ from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.sentence_encoder import copy_side_files, write_side_files
 from shrinkformer.prune.surgery import kept_sizes
 
 FORMAT = 1
@@ -41,13 +42,6 @@ _AUTO_CLASSES = {
     "LMHeadModel": "AutoModelForCausalLM",
 }
 
-SIDE_FILES = (  # what sentence-transformers needs beside the model
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling/config.json",
-)
-
 
 def save(
     model: PreTrainedModel,
@@ -57,6 +51,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
     extras_from: Path | None = None,
+    sentence_encoder: bool = False,
 ) -> Path:
     """Write a pruned model as a Hugging Face folder; all of it appears, or nothing.
 
@@ -66,7 +61,8 @@ def save(
         plan: What was kept and why, for the record.
         tokenizer: Saved beside the model.
         card: Text of the model card, README.md.
-        extras_from: Folder of the dense model; what other libraries need from it (pooling) is copied.
+        extras_from: Folder of the dense model; what sentence-transformers needs from it (pooling) is copied.
+        sentence_encoder: Write that for mean pooling where the dense model has nothing of the kind.
 
     Raises:
         CheckpointError: The folder exists and holds something else.
@@ -75,11 +71,21 @@ def save(
     with replacing(Path(directory)) as folder:
         model.save_pretrained(folder)
         complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=card)
-        for name in SIDE_FILES:
-            if extras_from is not None and (extras_from / name).is_file():
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(extras_from / name, folder / name)
+        add_side_files(folder, model, tokenizer, extras_from, sentence_encoder)
     return Path(directory)
+
+
+def add_side_files(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    extras_from: Path | None,
+    sentence_encoder: bool,
+) -> None:
+    """Add what sentence-transformers needs beside a model; arguments as of :func:`save`."""
+    copied = extras_from is not None and copy_side_files(extras_from, folder)
+    if sentence_encoder and not copied:
+        write_side_files(folder, model.config, tokenizer)
 
 
 @contextmanager
@@ -213,10 +219,19 @@ def stock_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))
 
 
+def auto_class(architecture: str) -> str:
+    """The Auto class that opens a model by the name of its class: ``AutoModel`` where it has no head that we know."""
+    return _AUTO_CLASSES.get(_head(architecture), "AutoModel")
+
+
+def _head(architecture: str) -> str:
+    return next((suffix for suffix in _AUTO_CLASSES if architecture.endswith(suffix)), "Model")
+
+
 def _auto_map(stock: type[PreTrainedModel]) -> dict[str, str]:
     """Which class of the folder each Auto class should use."""
     module = Path(inspect.getfile(pruned_modeling)).stem
-    head = next((suffix for suffix in _AUTO_CLASSES if stock.__name__.endswith(suffix)), "Model")
+    head = _head(stock.__name__)
     family = stock.__name__.removesuffix(head)
     entries = {"AutoModel": f"{module}.{family}Model"}
     if head in _AUTO_CLASSES:
