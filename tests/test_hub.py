@@ -121,10 +121,10 @@ for revision in (None, "v1"):
         f"load {{revision}}",
         lambda: torch.equal(here, load("tester/small", revision=revision, token=token)(tokens).logits),
     )
-for name, arguments in {{
-    "secret": ("tester/secret",), "missing": ("tester/missing",), "revision": ("tester/public", "v9"), "empty": ("tester/public",)
-}}.items():
-    attempt(name, lambda: load(arguments[0], revision=(arguments[1:] or (None,))[0]))
+attempt("secret", lambda: load("tester/secret"))
+attempt("missing", lambda: load("tester/missing"))
+attempt("revision", lambda: load("tester/public", revision="v9"))
+attempt("empty", lambda: load("tester/public"))
 attempt("no token", lambda: push(folder, "tester/new"))
 attempt("no name", lambda: push(folder, "a/b/c", token=token))
 attempt("wrong token", lambda: push(folder, "tester/new", token="wrong"))

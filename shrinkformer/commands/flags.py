@@ -17,6 +17,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
+        """What is wrong, as an :class:`InputError`."""
         raise InputError(message.removeprefix("argument ") + f" (see {self.prog} --help)")
 
 
@@ -48,7 +49,7 @@ def parse_options(
             _add_flag(parser, entry)
     values = vars(parser.parse_args(arguments)) | fixed
     _require_compatible(kind, values, arguments)
-    for name in ("mu", "lm_eval", "format"):
+    for name in ("mu", "lm_eval", "format", "report_to"):
         if name in values:
             values[name] = tuple(dict.fromkeys(values[name]))
     return kind(**values)

@@ -214,6 +214,11 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+def is_pruned(model: PreTrainedModel) -> bool:
+    """Whether the configuration of a model gives its blocks sizes of their own, which stock classes do not read."""
+    return bool(getattr(model.config, "shrinkformer", None))
+
+
 def stock_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of transformers that a model's class is made from, or is."""
     return next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))
