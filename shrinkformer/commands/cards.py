@@ -8,6 +8,7 @@ from typing import Any
 
 from shrinkformer.commands.card_metadata import metadata, pipeline_tag, results_of
 from shrinkformer.commands.report import Measured, Run
+from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.prune.checkpoint import auto_class
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.sites import EMBEDDINGS, POSITIONS
@@ -138,7 +139,7 @@ def _measured(run: Run, folder: Path) -> str:
     last = "pruned" if run.quantized is None else "quantized"
     named = {"dense": run.dense, "pruned": run.pruned, "quantized": run.quantized}
     models = {name: figures for name, figures in named.items() if figures is not None}
-    models[last] = replace(models[last], bytes=_weight_bytes(folder) or models[last].bytes)
+    models[last] = replace(models[last], bytes=folder_bytes(folder))
     values = list(models.values())
     rows = [
         [f"{name} on {run.task_name}", *(_with_error(figures, name) for figures in values)]
@@ -160,11 +161,6 @@ def _measured(run: Run, folder: Path) -> str:
 def _with_error(figures: Measured, name: str) -> str:
     error = figures.metrics.get(f"{name}_stderr")
     return f"{figures.metrics[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def _weight_bytes(folder: Path) -> int:
-    files = [file for pattern in ("*.safetensors", "*.onnx", "*.onnx.data") for file in folder.glob(pattern)]
-    return sum(file.stat().st_size for file in files)
 
 
 def _provenance(run: Run) -> str:

@@ -86,7 +86,7 @@ def require_trackers(names: Collection[str]) -> None:
         if name not in _WRITERS:
             raise InputError(f"--report_to {name!r}: choose among {', '.join(TRACKERS)}.")
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"--report_to {name}: it is not installed; pip install {name}.")
+            raise InputError(f"--report_to {name}: it is not installed; pip install "shrinkformer[{name}]".")
 
 
 def track(run: Run, names: Collection[str], folder: Path) -> None:
