@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
+from yaml import YAMLError
 
 from shrinkformer.commands.locate import Source
 from shrinkformer.dataset.corpora import CORPORA
@@ -43,7 +44,7 @@ def inherited(source: Source, folder: Path | None) -> dict[str, Any]:
     """
     try:
         theirs: Mapping[str, Any] = metadata_load(folder / "README.md") or {} if folder is not None else {}
-    except (OSError, ValueError):  # no card, or one that cannot be read
+    except (OSError, ValueError, YAMLError):  # no card, or one that cannot be read
         theirs = {}
     found = {name: theirs[name] for name in _COPIED if theirs.get(name)}
     on_hub = NAME.fullmatch(source.location) and not Path(source.location).exists()

@@ -3,6 +3,7 @@
 With the writers that transformers' integrations use; none is imported unless it is asked for.
 """
 
+import datetime
 import importlib.util
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -36,7 +37,7 @@ def _figures(figures: Measured) -> dict[str, float]:
 
 def settings(run: Run) -> dict[str, str | int | float]:
     """What a run was asked for."""
-    return {
+    found: dict[str, str | int | float] = {
         "model_name": run.model_name,
         "task_name": run.task_name,
         "method": run.method,
@@ -44,6 +45,10 @@ def settings(run: Run) -> dict[str, str | int | float]:
         "seed": run.seed,
         "sample_batch_size": run.sample_batch_size,
     }
+    if run.quantization is not None:
+        config = run.quantization.config
+        found |= {"amount": config.amount, "group_size": config.group_size, "quantizer": config.quantizer}
+    return found
 
 
 def _write_tensorboard(run: Run, folder: Path) -> None:
@@ -64,7 +69,7 @@ def _write_wandb(run: Run, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     project = os.environ.get("WANDB_PROJECT", "shrinkformer")
-    opened = wandb.init(project=project, name=folder.name, dir=str(folder), config=settings(run), reinit=True)
+    opened = wandb.init(project=project, name=folder.name, dir=str(folder), config=settings(run))
     try:
         opened.log(scalars(run))
     finally:
@@ -86,7 +91,7 @@ def require_trackers(names: Collection[str]) -> None:
         if name not in _WRITERS:
             raise InputError(f"--report_to {name!r}: choose among {', '.join(TRACKERS)}.")
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"--report_to {name}: it is not installed; pip install "shrinkformer[{name}]".")
+            raise InputError(f'--report_to {name}: it is not installed; pip install "shrinkformer[{name}]".')
 
 
 def track(run: Run, names: Collection[str], folder: Path) -> None:
@@ -95,11 +100,12 @@ def track(run: Run, names: Collection[str], folder: Path) -> None:
     Args:
         run: With all figures.
         names: Of the trackers.
-        folder: For what they write; its name is that of the run.
+        folder: For what they write; its name and the time are the name of the run.
 
     Raises:
         ShrinkformerError: A tracker fails.
     """
+    folder = folder.with_name(f"{folder.name}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}")
     for name in names:
         try:
             _WRITERS[name](run, folder)
