@@ -29,7 +29,7 @@ from shrinkformer.dataset.loading import evaluation_splits, load_split
 from shrinkformer.dataset.targets import collate, training_rows
 from shrinkformer.dataset.tasks import TASKS, Task, get_task
 from shrinkformer.errors import CheckpointError, InputError, ShrinkformerError
-from shrinkformer.prune.checkpoint import SIDE_FILES
+from shrinkformer.prune.sentence_encoder import copy_side_files
 
 PROBLEM = {"classification": "single_label_classification", "regression": "regression"}
 
@@ -164,10 +164,7 @@ def copy_encoder(options: Options) -> dict[str, Any]:
     source = resolve_model(options.model_name)
     model = _pretrained(AUTO_MODELS["similarity"], source)
     _save(model, _tokenizer(source, model), options.folder)
-    for name in SIDE_FILES:
-        if (Path(source) / name).is_file():
-            (options.folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(Path(source) / name, options.folder / name)
+    copy_side_files(Path(source), options.folder)
     return {"copied": options.model_name}
 
 

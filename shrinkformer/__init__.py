@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shrinkformer.quantize.checkpoint import load as load
     from shrinkformer.quantize.config import QuantizeConfig as QuantizeConfig
     from shrinkformer.quantize.quantizer import quantize_ as quantize_
+    from shrinkformer.utils.upload import push_to_hub as push_to_hub
 
 # Imported on first use: `import shrinkformer` must not take the seconds that torch and transformers take.
 _EXPORTS = {
@@ -39,6 +40,7 @@ _EXPORTS = {
     "QuantizeConfig": "shrinkformer.quantize.config",
     "load": "shrinkformer.quantize.checkpoint",
     "prune_model": "shrinkformer.prune.pruner",
+    "push_to_hub": "shrinkformer.utils.upload",
     "quantize_": "shrinkformer.quantize.quantizer",
     "save": "shrinkformer.prune.checkpoint",
 }
@@ -56,6 +58,7 @@ __all__ = [
     "load",
     "prune_",
     "prune_model",
+    "push_to_hub",
     "quantize_",
     "save",
 ]

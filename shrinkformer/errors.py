@@ -21,6 +21,10 @@ class CheckpointError(ShrinkformerError):
     """A folder is not a checkpoint that can be read, or it does not fit the task."""
 
 
+class HubError(ShrinkformerError):
+    """The Hugging Face hub cannot be reached or refuses."""
+
+
 class UnsupportedModelError(ShrinkformerError):
     """No architecture record fits the model."""
 

@@ -1,148 +1,206 @@
-"""Model cards, README.md of what was saved."""
+"""Model cards: README.md of what was saved, first without figures, then with them."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedConfig
-
-from shrinkformer.export.int8 import Deviation
+from shrinkformer.commands.card_metadata import metadata, pipeline_tag, results_of
+from shrinkformer.commands.onnx_card import without_onnx_section
+from shrinkformer.commands.report import Measured, Run
+from shrinkformer.efficiency.size import folder_bytes
+from shrinkformer.prune.checkpoint import auto_class
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.sites import EMBEDDINGS, POSITIONS
+from shrinkformer.quantize.checkpoint import ONNX
 from shrinkformer.quantize.config import Quantized
+from shrinkformer.utils.files import write_atomically
+
+PRUNED = "pruned"
+
+_PACKAGES = {"compressed-tensors": "  # pip install compressed-tensors", "gptq": "  # pip install gptqmodel optimum"}
+"""What transformers needs to read a format."""
 
 
-def model_card(run_title: str, plan: Plan, source: str) -> str:
-    """README.md of a pruned checkpoint."""
-    rows = "\n".join(
-        f"| {index} | {heads} | {neurons} |"
-        for index, (heads, neurons) in enumerate(zip(plan.heads, plan.neurons, strict=True))
-    )
-    return f"""---
-library_name: transformers
-tags: [shrinkformer, pruned]
----
-# {run_title}
+@dataclass(frozen=True)
+class Card:
+    """All that a model card says.
 
-`{source}`, pruned by shrinkformer to {plan.ratio:.4f} of its MACs without retraining
-(method `{plan.method}`, mu {plan.mu:g}, seed {plan.seed}; MACs at {plan.sequence_length:.2f} tokens).
-
-```python
-import shrinkformer                                # pip install shrinkformer
-model = shrinkformer.load("path/to/this/folder")
-
-from transformers import AutoModel                 # or without it: the folder brings its own classes
-model = AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)
-```
-
-| layer | heads | neurons |
-|---|---|---|
-{rows}
-"""
-
-
-_LOADING = {
-    "compressed-tensors": ".from_pretrained(folder{trust})   # pip install compressed-tensors",
-    "gptq": ".from_pretrained(folder{trust})   # pip install gptqmodel optimum",
-    "float": ".from_pretrained(folder{trust})",
-}
-
-
-def quantized_card(title: str, found: Quantized, plan: Plan | None, source: str, kind: str) -> str:
-    """README.md of a quantized checkpoint."""
-    config = found.config
-    pruned = "" if plan is None else f" after pruning to {plan.ratio:.4f} of its MACs (method `{plan.method}`)"
-    trust = "" if plan is None else ", trust_remote_code=True"
-    if kind == "onnx":
-        loading = 'import onnxruntime\nsession = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")'
-    else:
-        loading = "import shrinkformer                                # pip install shrinkformer\n"
-        loading += 'model = shrinkformer.load("path/to/this/folder")\n\n'
-        if config.bits_of is not None and {EMBEDDINGS, POSITIONS} & set(config.also):
-            loading += "# no other reader takes embeddings as integers together with several numbers of bits"
-        else:
-            loading += "# or without it, with the Auto class of the task:\n"
-            loading += "# model = AutoModelFor..." + _LOADING[kind].format(trust=trust)
-    return f"""---
-library_name: transformers
-tags: [shrinkformer, quantized]
----
-# {title}
-
-`{source}`, quantized by shrinkformer to {config.amount} without retraining{pruned}: {config.storage}, layers
-`{config.layers}`, quantizer `{config.quantizer}`, format `{kind}`.
-
-```python
-{loading}
-```
-"""
-
-
-_ENCODER_CODE = """import numpy as np
-import onnxruntime
-from tokenizers import Tokenizer
-
-folder = "path/to/this/folder"
-tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
-tokenizer.enable_padding(pad_id=%(pad)s)
-session = onnxruntime.InferenceSession(f"{folder}/onnx/model.onnx")
-
-rows = tokenizer.encode_batch(["The cat sees a bird.", "A dog runs."])
-inputs = {
-    "input_ids": np.array([row.ids for row in rows]),
-    "attention_mask": np.array([row.attention_mask for row in rows]),
-    "token_type_ids": np.array([row.type_ids for row in rows]),
-}
-wanted = [value.name for value in session.get_inputs()]
-names = [value.name for value in session.get_outputs()]
-outputs = dict(zip(names, session.run(None, {name: inputs[name] for name in wanted})))
-"""
-
-_DECODER_CODE = """import numpy as np
-import onnxruntime
-from tokenizers import Tokenizer
-
-folder = "path/to/this/folder"
-tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
-session = onnxruntime.InferenceSession(f"{folder}/onnx/model.onnx")
-cached = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
-names = [value.name for value in session.get_outputs()]
-
-tokens = tokenizer.encode("The cat").ids
-past = {value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in cached}
-new = tokens
-for _ in range(20):
-    inputs = {"input_ids": np.array([new]), "attention_mask": np.ones((1, len(tokens)), np.int64), **past}
-    outputs = dict(zip(names, session.run(None, inputs)))
-    past = {value.name: outputs[value.name.replace("past_key_values", "present")] for value in cached}
-    new = [int(outputs["logits"][0, -1].argmax())]
-    tokens += new
-    if new[0] in %(end)s:
-        break
-print(tokenizer.decode(tokens))
-"""
-
-
-ONNX_TITLE = "## ONNX\n"
-
-
-def onnx_section(config: PreTrainedConfig, *, cached: bool, tokenizer: bool, int8: Mapping[str, Deviation]) -> str:
-    """How to run the ONNX file of a folder with onnxruntime alone.
-
-    Args:
-        config: Of the model.
-        cached: Whether the file takes and gives keys and values, so that it generates.
-        tokenizer: Whether the folder holds ``tokenizer.json``.
-        int8: Deviations of the outputs of ``model_int8.onnx``, by name; none where there is no such file.
+    Attributes:
+        title: Its first line.
+        source: What the user calls the dense model.
+        folder: Of the checkpoint, as the user may write it.
+        architecture: Name of the model's class in transformers.
+        kind: ``pruned``, or the format of the quantized weights.
+        custom: Whether the sizes of the blocks need the classes in the folder.
+        sentence_encoder: Whether sentence-transformers opens it.
+        plan: What was kept, if the model was pruned.
+        quantized: What was done to the weights, if they were quantized.
+        inherited: Of the YAML section of the dense model's card.
+        public: Whether metrics are those of whole public evaluation splits.
     """
-    end = getattr(config, "eos_token_id", None)
-    ends = [token for token in (end if isinstance(end, list) else [end]) if token is not None]
-    code = _DECODER_CODE if cached else _ENCODER_CODE
-    missing = "" if tokenizer else " The `tokenizer.json` of the model has to be put into this folder first."
-    rows = [f"| `{name}` | {deviation.cosine:.4f} | {deviation.relative:.3f} |\n" for name, deviation in int8.items()]
-    table = "".join(["\n| `onnx/model_int8.onnx` | cosine | relative difference |\n|---|---|---|\n", *rows])
-    return f"""{ONNX_TITLE}
-`onnx/model.onnx` gives the same outputs to 1e-4 of the largest.{missing}
-`pip install onnxruntime tokenizers` is enough:
 
-```python
-{code % {"pad": getattr(config, "pad_token_id", None) or 0, "end": ends}}```
-{table if rows else ""}"""
+    title: str
+    source: str
+    folder: Path
+    architecture: str
+    kind: str = PRUNED
+    custom: bool = True
+    sentence_encoder: bool = False
+    plan: Plan | None = None
+    quantized: Quantized | None = None
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+    public: bool = False
+
+    def text(self, run: Run | None = None) -> str:
+        """The card; with the figures of a run once there are some."""
+        parts = [f"---\n{self._metadata(run)}\n---\n# {self.title}", self._summary(), *self._loading()]
+        if run is not None:
+            parts += ["## Measured", _measured(run, self.folder), "## How it was made", _provenance(run)]
+        if self.plan is not None:
+            parts += ["## What every layer keeps", _kept(self.plan)]
+        if self.quantized is not None:
+            parts += ["## What every quantized layer became", _quantized_layers(self.quantized)]
+        return "\n\n".join(parts) + "\n"
+
+    def _metadata(self, run: Run | None) -> str:
+        opens = self.sentence_encoder and self.kind != ONNX
+        tags = ["shrinkformer"]
+        tags += [PRUNED] if self.plan is not None else []
+        tags += ["quantized", self.kind] if self.quantized is not None and self.kind != "float" else []
+        tags += ["quantized"] if self.kind == "float" else []
+        tags += ["sentence-transformers", "feature-extraction"] if opens else []
+        pipeline = pipeline_tag(self.architecture, sentence_encoder=self.sentence_encoder)
+        figures = None if run is None else run.quantized or run.pruned
+        results = results_of(run.task_name, figures.metrics, pipeline) if run and figures and self.public else []
+        relation = {"base_model_relation": "quantized"} if self.plan is None and "base_model" in self.inherited else {}
+        return metadata(
+            self.folder.name,
+            tags=tags,
+            library=ONNX if self.kind == ONNX else "sentence-transformers" if opens else "transformers",
+            pipeline=pipeline,
+            inherited={**self.inherited, **relation},
+            results=results,
+        )
+
+    def _summary(self) -> str:
+        plan = self.plan
+        pruned = "" if plan is None else f"to {plan.ratio:.4f} of its MACs (method `{plan.method}`, mu {plan.mu:g})"
+        if self.quantized is None:
+            assert plan is not None
+            return (
+                f"`{self.source}`, pruned by shrinkformer {pruned}, without retraining. MACs are counted at "
+                f"{plan.sequence_length:.2f} tokens; seed {plan.seed}."
+            )
+        config = self.quantized.config
+        return (
+            f"`{self.source}`, quantized by shrinkformer to {config.amount} without retraining"
+            f"{pruned and f' after pruning {pruned}'}: {config.storage}, layers `{config.layers}`, quantizer "
+            f"`{config.quantizer}`, format `{self.kind}`."
+        )
+
+    def _loading(self) -> list[str]:
+        """Examples; each of them runs as it stands, from the folder where the command ran."""
+        where = json.dumps(self.folder.as_posix())
+        if self.kind == ONNX:
+            file = json.dumps((self.folder / "model.onnx").as_posix())
+            return [_code("import onnxruntime", f"session = onnxruntime.InferenceSession({file})")]
+        blocks = [_code("import shrinkformer  # pip install shrinkformer", f"model = shrinkformer.load({where})")]
+        config = None if self.quantized is None else self.quantized.config
+        if config is not None and config.bits_of is not None and {EMBEDDINGS, POSITIONS} & set(config.also):
+            return [*blocks, "No other reader takes embeddings as integers together with several numbers of bits."]
+        trust = ", trust_remote_code=True" if self.custom else ""
+        needs, auto = _PACKAGES.get(self.kind, ""), auto_class(self.architecture)
+        brings = ", with the classes that the folder brings:" if self.custom else ":"
+        blocks += [f"Without this package{brings}"]
+        blocks += [_code(f"from transformers import {auto}{needs}", f"model = {auto}.from_pretrained({where}{trust})")]
+        if self.sentence_encoder:
+            opened = f"model = SentenceTransformer({where}{trust})"
+            blocks += [_code(f"from sentence_transformers import SentenceTransformer{needs}", opened)]
+        return blocks
+
+
+def finish_card(card: Card, run: Run) -> None:
+    """Write a card with figures in the place of the one without, whose section on ONNX stays; atomically."""
+    path = card.folder / "README.md"
+    _, onnx = without_onnx_section(path.read_text(encoding="utf-8") if path.is_file() else "")
+    write_atomically(path, card.text(run) + (f"\n{onnx}" if onnx else ""))
+
+
+def _code(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def _measured(run: Run, folder: Path) -> str:
+    """Figures of all models, side by side."""
+    last = "pruned" if run.quantized is None else "quantized"
+    named = {"dense": run.dense, "pruned": run.pruned, "quantized": run.quantized}
+    models = {name: figures for name, figures in named.items() if figures is not None}
+    models[last] = replace(models[last], bytes=folder_bytes(folder))
+    values = list(models.values())
+    rows = [
+        [f"{name} on {run.task_name}", *(_with_error(figures, name) for figures in values)]
+        for name in run.dense.metrics
+        if not name.endswith("_stderr")
+    ]
+    for label, attribute in (("MACs (M)", "macs"), ("parameters (M)", "parameters"), ("weight file (MB)", "bytes")):
+        rows.append([label, *(f"{getattr(figures, attribute) / 1e6:,.2f}" for figures in values)])
+    rows += [
+        [f"latency, {shape} tokens (ms, {run.device})", *(f"{some.latency_ms[shape]:,.2f}" for some in values)]
+        for shape in run.dense.latency_ms
+    ]
+    notes = "Metrics stand with their standard errors."
+    if run.quantized is not None and run.dense.latency_ms:
+        notes += " Latency is that of decoded weights, as PyTorch runs them."
+    return _table(["", *models], rows) + f"\n\n{notes}"
+
+
+def _with_error(figures: Measured, name: str) -> str:
+    error = figures.metrics.get(f"{name}_stderr")
+    return f"{figures.metrics[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _provenance(run: Run) -> str:
+    record = run.to_dict()
+    asked = {"target ratio": run.target_ratio} if run.target_ratio is not None else {}
+    rows = {
+        "command": f"`{record['command']}`",
+        "date": record["time"],
+        "method": f"`{run.method}`" if run.plan is not None else "not pruned",
+        **asked,
+        "mu": f"{run.mu:.4g}",
+        "seed": run.seed,
+        "calibration": f"{run.sample_batch_size:,} examples, {run.calibration_tokens:,} tokens; no labels",
+        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    }
+    return _table(["", ""], list(rows.items()))
+
+
+def _kept(plan: Plan) -> str:
+    narrow = any(layer.value_width for layer in plan.layers)
+    widths = ["width of queries and keys", "of values"] if narrow else []
+    rows = [
+        [
+            index,
+            len(layer.heads),
+            *([layer.query_width or "as before", layer.value_width or "as before"] if narrow else []),
+            len(layer.neurons),
+            f"{layer.attention_error:.4f}",
+            f"{layer.ffn_error:.4f}",
+        ]
+        for index, layer in enumerate(plan.layers)
+    ]
+    return _table(["layer", "heads", *widths, "neurons", "attention error", "ffn error"], rows)
+
+
+def _quantized_layers(found: Quantized) -> str:
+    rows = [
+        ["" if row.layer is None else row.layer, f"`{row.name}`", row.bits, f"{row.error:.4f}"] for row in found.layers
+    ]
+    return _table(["layer", "name", "bits", "relative error of its output"], rows)

@@ -34,7 +34,8 @@ from shrinkformer.errors import InputError
 from shrinkformer.export.int8 import Deviation, quantize_dynamic_int8
 from shrinkformer.export.onnx_export import TOLERANCE
 from shrinkformer.export.runtime import require_onnx
-from shrinkformer.prune.checkpoint import PLAN_FILE, copy_extras, may_be_replaced, replacing, save_tokenizer
+from shrinkformer.prune.checkpoint import PLAN_FILE, may_be_replaced, replacing, save_tokenizer
+from shrinkformer.prune.sentence_encoder import copy_side_files
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.onnx_export import packable
 from shrinkformer.quantize.reading import read_quantized_weights
@@ -146,7 +147,7 @@ def writable(folder: Path, source: Source, model: PreTrainedModel, tokenizer: An
             model.generation_config.save_pretrained(place)
         if tokenizer is not None:
             save_tokenizer(tokenizer, place)
-        copy_extras(location, place)
+        copy_side_files(location, place)
         (place / PLAN_FILE).write_text("{}")
         yield place
 

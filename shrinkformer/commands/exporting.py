@@ -1,6 +1,5 @@
 """What commands do to write ONNX files beside a checkpoint and to time them."""
 
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shrinkformer.commands.cards import ONNX_TITLE, onnx_section
+from shrinkformer.commands.onnx_card import onnx_section, without_onnx_section
 from shrinkformer.commands.session import Session
 from shrinkformer.efficiency.latency import compare_latency, shape_name
 from shrinkformer.export.int8 import Deviation
@@ -79,8 +78,7 @@ def describe_onnx(folder: Path, model: PreTrainedModel, int8: Mapping[str, Devia
     section = onnx_section(
         model.config, cached=has_cache(model), tokenizer=(folder / "tokenizer.json").is_file(), int8=int8 or {}
     )
-    before = card.read_text(encoding="utf-8") if card.is_file() else ""
-    before = re.sub(rf"(?ms)^{ONNX_TITLE}.*?(?=^## |\Z)", "", before).rstrip()
+    before, _ = without_onnx_section(card.read_text(encoding="utf-8") if card.is_file() else "")
     write_atomically(card, f"{before}\n\n{section}" if before else section)
 
 

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 Options = TypeVar("Options", bound="DataclassInstance")
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
+        """What is wrong, as an :class:`InputError`."""
         raise InputError(message.removeprefix("argument ") + f" (see {self.prog} --help)")
 
 
@@ -44,13 +45,13 @@ def parse_options(
     Raises:
         InputError: An argument is not known or has a wrong value.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
     for entry in fields(kind):
         if only is None or entry.name in only:
             _add_flag(parser, entry)
     values = vars(parser.parse_args(arguments)) | fixed
     _require_compatible(kind, values, arguments)
-    for name in ("mu", "lm_eval", "format", "batch", "length", "runtime"):
+    for name in ("mu", "lm_eval", "format", "batch", "length", "runtime", "report_to"):
         if name in values:
             values[name] = tuple(dict.fromkeys(values[name]))
     return kind(**values)

@@ -28,7 +28,7 @@ from shrinkformer.commands.options import BUNDLED_DECODER, BUNDLED_MODEL
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelError
 from shrinkformer.prune import pruned_modeling
-from shrinkformer.prune.checkpoint import AUTO_CLASSES
+from shrinkformer.prune.checkpoint import auto_class
 from shrinkformer.prune.lazy import load_lazily
 from shrinkformer.prune.resources import BlockWeights, InMemory
 from shrinkformer.quantize.checkpoint import load
@@ -225,8 +225,7 @@ def class_of(source: Source) -> Any:
     if source.pruned:
         return model_class(source, None)
     architecture = (getattr(source.config, "architectures", None) or [""])[0]
-    name = next((auto for head, auto in AUTO_CLASSES.items() if architecture.endswith(head)), "AutoModel")
-    return getattr(transformers, name)
+    return getattr(transformers, auto_class(architecture))
 
 
 def empty_model(source: Source, chosen: Any) -> PreTrainedModel:

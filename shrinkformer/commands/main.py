@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "metrics and sizes of a model as it is",
     "export": "write a model as an ONNX file, checked in ONNX Runtime",
     "latency": "time models side by side, in one or several runtimes",
+    "push": "send a finished checkpoint to the Hugging Face hub",
 }
 """What each command does; ``shrinkformer <command> --help`` lists its flags."""
 

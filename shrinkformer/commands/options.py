@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from shrinkformer.commands.tracking import TRACKERS, require_trackers
 from shrinkformer.dataset.corpora import CORPORA, get_corpus, require_different_files
 from shrinkformer.dataset.tasks import TASKS, get_task
 from shrinkformer.errors import InputError
@@ -16,6 +17,7 @@ from shrinkformer.export.runtime import require_onnx
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import may_be_replaced
 from shrinkformer.prune.methods import DEFAULT_METHOD, METHOD_NAMES, SHRINK, WHOLE_MODEL, require_method
+from shrinkformer.utils.hub import require_hub
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 BUNDLED_DECODER = "opt-mini"
@@ -85,6 +87,9 @@ class PruneOptions:
     offload_dir: Path | None = option(None, "folder for what does not fit into memory (default: below --output_dir)")
     dry_run: bool = option(False, "print what would be done, with sizes, memory and time, and stop")
     resume: bool = option(False, "take up the calibration of an earlier, interrupted run")
+    push_to_hub: str = option("", "name on the hub, user/name, to send the finished checkpoint to (default: nowhere)")
+    private: bool = option(False, "with --push_to_hub: make a new repository private")
+    report_to: tuple[str, ...] = option((), f"send the figures to {', '.join(TRACKERS)} as well", nargs="+")
 
     @property
     def mac_length(self) -> float | None:
@@ -171,6 +176,16 @@ class PruneOptions:
                 f"--save_dir {self.save_dir}: it holds something else than our checkpoints; choose a new folder."
             )
         resolve_device(self.device)
+        self._check_publishing()
+
+    def _check_publishing(self) -> None:
+        require_trackers(self.report_to)
+        if self.private and not self.push_to_hub:
+            raise InputError("--private: it is said of a repository on the hub; add --push_to_hub USER/NAME.")
+        if self.push_to_hub:
+            if not self.quantizes and not any(mu < 1 for mu in self.mu):
+                raise InputError(f"--push_to_hub {self.push_to_hub}: --mu 1 saves nothing; choose a smaller --mu.")
+            require_hub("--push_to_hub", self.push_to_hub)
 
 
 @dataclass(frozen=True)

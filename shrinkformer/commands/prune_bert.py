@@ -86,6 +86,8 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
         dtype=torch.float32,
         workers=workers,
         whole="an encoder is evaluated as a whole",
+        sentence_encoder=task.kind == "similarity",
+        public=not options.bundled_data,
     )
 
 

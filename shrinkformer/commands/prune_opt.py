@@ -94,6 +94,7 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
         dtype=dtype,
         workers=workers,
         whole="--lm_eval runs on the whole model" if options.lm_eval else "",
+        public=not bundled and options.evaluation_windows is None,
     )
 
 

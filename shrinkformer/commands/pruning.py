@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shrinkformer.commands.cards import model_card
 from shrinkformer.commands.exporting import ONNXRUNTIME, describe_onnx, time_onnx, write_onnx
 from shrinkformer.commands.locate import load_model
 from shrinkformer.commands.options import PruneOptions
@@ -23,6 +22,7 @@ from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.streamed import prune_to_folder
+from shrinkformer.utils.files import write_atomically
 from shrinkformer.utils.inputs import accepted_inputs
 
 
@@ -65,10 +65,15 @@ def _prune_in_memory(
         # The model in memory is rounded to the type of the file, so that what is measured is what is in the file.
         cast_weights(result.model, job.source.dtype)
         if job.workers.is_main:
-            title = f"{job.source.name} for {job.task_name} at {budget.mu:g} of its MACs"
-            card = model_card(title, result.plan, job.source.name)
-            source = Path(job.source.location)
-            save(result.model, folder, plan=result.plan, tokenizer=job.tokenizer, card=card, extras_from=source)
+            save(
+                result.model,
+                folder,
+                plan=result.plan,
+                tokenizer=job.tokenizer,
+                card=session.card(folder, f"at {budget.mu:g} of its MACs", plan=result.plan),
+                extras_from=session.side_folder,
+                sentence_encoder=job.sentence_encoder,
+            )
         cast_weights(result.model, job.dtype)
         if job.workers.is_main:
             _require_equal_outputs(job, result.model, folder)
@@ -141,8 +146,8 @@ def _prune_lazily(
     seconds |= spent
     job.workers.barrier()
     if job.workers.is_main:
-        title = f"{job.source.name} for {job.task_name} at {budget.mu:g} of its MACs"
-        (folder / "README.md").write_text(model_card(title, plan, job.source.name))
+        card = session.card(folder, f"at {budget.mu:g} of its MACs", plan=plan)
+        write_atomically(folder / "README.md", card)
     job.say(f"saved to {folder}")
     with timed(seconds, "evaluation"):
         saved = replace(job.source, location=str(folder))

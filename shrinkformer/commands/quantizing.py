@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from shrinkformer.commands.cards import quantized_card
 from shrinkformer.commands.console import block_progress
 from shrinkformer.commands.locate import empty_model, load_model, model_class
 from shrinkformer.commands.pruning import round_weights
@@ -21,7 +20,7 @@ from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.errors import CheckpointError
 from shrinkformer.export.runtime import require_onnx
 from shrinkformer.prune.budget import Budget
-from shrinkformer.prune.checkpoint import describe_sizes
+from shrinkformer.prune.checkpoint import describe_sizes, is_pruned
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.result import Pruned, timed
@@ -32,6 +31,7 @@ from shrinkformer.quantize.outside import require_outside
 from shrinkformer.quantize.quantizer import quantize_, require_groups
 from shrinkformer.quantize.resume import QuantizedBlocks
 from shrinkformer.quantize.streamed import quantize_to_folder
+from shrinkformer.utils.files import write_atomically
 from shrinkformer.utils.inputs import accepted_inputs
 
 _FLOAT_TOLERANCE = 0.05
@@ -147,7 +147,8 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
         seconds |= found.seconds
         _clear(store, job)
         if job.workers.is_main:
-            (folder / "README.md").write_text(_card(job, found, plan, kind))
+            pruned_before = plan is not None or job.source.pruned
+            write_atomically(folder / "README.md", _card(session, folder, found, plan, kind, custom=pruned_before))
         job.say(f"saved to {folder}")
         with timed(seconds, "evaluation"):
             saved = replace(job.source, location=str(decoded), config=AutoConfig.from_pretrained(decoded))
@@ -186,9 +187,9 @@ def quantizing_progress(job: Job) -> Progress:
     return block_progress("quantizing") if job.workers.is_main else iter
 
 
-def _card(job: Job, found: Quantized, plan: Plan | None, kind: str) -> str:
-    title = f"{job.source.name} for {job.task_name} in {found.config.amount}"
-    return quantized_card(title, found, plan, job.source.name, kind)
+def _card(session: Session, folder: Path, found: Quantized, plan: Plan | None, kind: str, *, custom: bool) -> str:
+    title = f"in {found.config.amount}"
+    return session.card(folder, title, kind=kind, quantized=found, plan=plan, custom=custom)
 
 
 def _prune(session: Session, budget: Budget, seconds: dict[str, float]) -> tuple[Pruned | None, Measured | None]:
@@ -229,8 +230,9 @@ def save_formats(
                 dtype=job.source.dtype,
                 plan=plan,
                 tokenizer=job.tokenizer,
-                card=_card(job, found, plan, kind),
-                extras_from=Path(job.source.location),
+                card=_card(session, folder, found, plan, kind, custom=is_pruned(model)),
+                extras_from=session.side_folder,
+                sentence_encoder=job.sentence_encoder,
                 example=example,
                 tied_once=found.config.bits_of is not None,
             )

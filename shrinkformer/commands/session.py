@@ -11,11 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
+from shrinkformer.commands.card_metadata import inherited, side_folder
+from shrinkformer.commands.cards import Card
 from shrinkformer.commands.console import block_progress, say
 from shrinkformer.commands.dry_run import describe
 from shrinkformer.commands.locate import Source, empty_model, load_model
 from shrinkformer.commands.memory import GIB, Footprint, available_bytes
 from shrinkformer.commands.options import PruneOptions
+from shrinkformer.commands.publishing import Publisher
 from shrinkformer.commands.report import Measured, Run, write_report
 from shrinkformer.efficiency.macs import model_macs
 from shrinkformer.efficiency.rounding import Rounding, choose_multiple
@@ -24,6 +27,7 @@ from shrinkformer.errors import InputError
 from shrinkformer.export.runtime import OnnxModel
 from shrinkformer.prune.allocation import require_feasible
 from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
+from shrinkformer.prune.checkpoint import stock_class
 from shrinkformer.prune.hidden import Offload
 from shrinkformer.prune.methods import SHRINK
 from shrinkformer.prune.pruner import Calibrated, calibrate
@@ -58,6 +62,8 @@ class Job:
         dtype: Of weights in memory.
         workers: The processes that share the work.
         whole: Why the model has to be in memory as a whole; "" where it may pass block by block.
+        sentence_encoder: Whether it is one, which sentence-transformers should open.
+        public: Whether metrics are those of whole evaluation splits of public data sets.
     """
 
     task_name: str
@@ -74,6 +80,8 @@ class Job:
     dtype: torch.dtype
     workers: Workers
     whole: str = ""
+    sentence_encoder: bool = False
+    public: bool = False
 
     def say(self, message: str) -> None:
         """Tell the user, once."""
@@ -94,6 +102,7 @@ class Session:
     rounding: Rounding | None = None  # where --round_to is found by measuring
     calibrated: Calibrated | None = None
     dense_onnx: OnnxModel | None = None
+    cards: dict[Path, Card] = field(default_factory=dict)  # of folders without figures yet
 
     @property
     def lazily(self) -> bool:
@@ -113,6 +122,32 @@ class Session:
         location = Path(self.job.source.location)
         files = sorted(location.glob("*.safetensors")) if location.is_dir() else []
         return fingerprint(self.model, self.job.batches, files)
+
+    @cached_property
+    def side_folder(self) -> Path | None:
+        """Folder with the dense model's card and what sentence-transformers needs, where it can be had."""
+        return side_folder(self.job.source)
+
+    def card(self, folder: Path, title: str, **found: Any) -> str:
+        """The model card of a folder for now; it gets figures once there are some.
+
+        Args:
+            folder: Of a checkpoint.
+            title: First line of the card.
+            **found: Fields of :class:`~shrinkformer.commands.cards.Card`: what a step did.
+        """
+        job = self.job
+        self.cards[folder] = Card(
+            f"{job.source.name} for {job.task_name} {title}",
+            job.source.name,
+            folder,
+            stock_class(type(self.model)).__name__,
+            sentence_encoder=job.sentence_encoder,
+            inherited=inherited(job.source, self.side_folder),
+            public=job.public,
+            **found,
+        )
+        return self.cards[folder].text()
 
     def open_blocks(self, kind: Callable[..., Blocks], target: Path, suffix: str, asked: str = "") -> Blocks:
         """Open a place for finished blocks, and with ``--resume`` take up those of an interrupted run.
@@ -211,13 +246,24 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
         session.dense = measure(session, session.model, session.resources, location)
     if any(budget.mu < 1 for budget in budgets):
         _calibrate(session)
+    publisher = Publisher(
+        options.push_to_hub,
+        private=options.private,
+        several=len(budgets) > 1,
+        report_to=options.report_to,
+        say=job.say,
+    )
     for budget in budgets:
         run = step(session, budget)
         if job.workers.is_main:
             say("\n" + run.table())
-            say(f"  report: {write_report(run, options.output_dir / job.stem)}\n")
+            stem = options.output_dir / job.stem
+            say(f"  report: {write_report(run, stem)}\n")
+            publisher.take(run, session.cards.values(), stem.parent / "runs" / f"{stem.name}-mu{budget.mu:g}")
+        session.cards.clear()
     if session.resources.store is not None and job.workers.is_main:
         session.resources.store.clear()
+    publisher.close()
 
 
 def _measured_rounding(job: Job, options: PruneOptions, shapes: PreTrainedModel) -> Rounding | None:

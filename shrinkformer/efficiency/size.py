@@ -56,15 +56,19 @@ def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def folder_bytes(path: str | Path) -> int:
-    """Bytes of the weight files of a checkpoint folder: ``*.safetensors``, or ``pytorch_model*.bin`` if there are none.
+    """Bytes of the weight files of a checkpoint folder.
+
+    These are ``*.safetensors``; if there are none ``pytorch_model*.bin``, else ``*.onnx`` with ``*.onnx.data``.
 
     Raises:
         CheckpointError: no weight file is there.
     """
     folder = Path(path)
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    kinds = (("*.safetensors",), ("pytorch_model*.bin",), ("*.onnx", "*.onnx.data"))
+    found = ([file for pattern in kind for file in folder.glob(pattern)] for kind in kinds)
+    files = next((group for group in found if group), [])
     if not files:
-        raise CheckpointError(f"{folder}: no *.safetensors and no pytorch_model*.bin here; is it a checkpoint?")
+        raise CheckpointError(f"{folder}: no *.safetensors, pytorch_model*.bin or *.onnx here; is it a checkpoint?")
     return sum(file.stat().st_size for file in files)
 
 

@@ -26,12 +26,13 @@ from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.sentence_encoder import copy_side_files, write_side_files
 from shrinkformer.prune.surgery import kept_sizes
 
 FORMAT = 1
 PLAN_FILE = "shrinkformer_plan.json"
 
-AUTO_CLASSES = {
+_AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     "ForTokenClassification": "AutoModelForTokenClassification",
@@ -42,13 +43,6 @@ AUTO_CLASSES = {
 }
 """The Auto class of a model with a head, by how the name of its class ends."""
 
-SIDE_FILES = (  # what sentence-transformers needs beside the model
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling/config.json",
-)
-
 
 def save(
     model: PreTrainedModel,
@@ -58,6 +52,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
     extras_from: Path | None = None,
+    sentence_encoder: bool = False,
 ) -> Path:
     """Write a pruned model as a Hugging Face folder; all of it appears, or nothing.
 
@@ -67,7 +62,8 @@ def save(
         plan: What was kept and why, for the record.
         tokenizer: Saved beside the model.
         card: Text of the model card, README.md.
-        extras_from: Folder of the dense model; what other libraries need from it (pooling) is copied.
+        extras_from: Folder of the dense model; what sentence-transformers needs from it (pooling) is copied.
+        sentence_encoder: Write that for mean pooling where the dense model has nothing of the kind.
 
     Raises:
         CheckpointError: The folder exists and holds something else.
@@ -76,17 +72,21 @@ def save(
     with replacing(Path(directory)) as folder:
         model.save_pretrained(folder)
         complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=card)
-        if extras_from is not None:
-            copy_extras(extras_from, folder)
+        add_side_files(folder, model, tokenizer, extras_from, sentence_encoder)
     return Path(directory)
 
 
-def copy_extras(source: Path, folder: Path) -> None:
-    """Copy what other libraries need beside a model, such as the pooling of a sentence encoder."""
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
+def add_side_files(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    extras_from: Path | None,
+    sentence_encoder: bool,
+) -> None:
+    """Add what sentence-transformers needs beside a model; arguments as of :func:`save`."""
+    copied = extras_from is not None and copy_side_files(extras_from, folder)
+    if sentence_encoder and not copied:
+        write_side_files(folder, model.config, tokenizer)
 
 
 @contextmanager
@@ -215,17 +215,31 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+def is_pruned(model: PreTrainedModel) -> bool:
+    """Whether the configuration of a model gives its blocks sizes of their own, which stock classes do not read."""
+    return bool(getattr(model.config, "shrinkformer", None))
+
+
 def stock_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of transformers that a model's class is made from, or is."""
     return next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))
 
 
+def auto_class(architecture: str) -> str:
+    """The Auto class that opens a model by the name of its class: ``AutoModel`` where it has no head that we know."""
+    return _AUTO_CLASSES.get(_head(architecture), "AutoModel")
+
+
+def _head(architecture: str) -> str:
+    return next((suffix for suffix in _AUTO_CLASSES if architecture.endswith(suffix)), "Model")
+
+
 def _auto_map(stock: type[PreTrainedModel]) -> dict[str, str]:
     """Which class of the folder each Auto class should use."""
     module = Path(inspect.getfile(pruned_modeling)).stem
-    head = next((suffix for suffix in AUTO_CLASSES if stock.__name__.endswith(suffix)), "Model")
+    head = _head(stock.__name__)
     family = stock.__name__.removesuffix(head)
     entries = {"AutoModel": f"{module}.{family}Model"}
-    if head in AUTO_CLASSES:
-        entries[AUTO_CLASSES[head]] = f"{module}.{stock.__name__}"
+    if head in _AUTO_CLASSES:
+        entries[_AUTO_CLASSES[head]] = f"{module}.{stock.__name__}"
     return entries

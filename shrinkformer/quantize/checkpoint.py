@@ -24,6 +24,7 @@ from shrinkformer.quantize.layout import Format
 from shrinkformer.quantize.onnx_export import export_onnx
 from shrinkformer.quantize.reading import read_quantized_state_dict
 from shrinkformer.quantize.scheme import Scheme
+from shrinkformer.utils.hub import folder_of
 from shrinkformer.utils.inputs import accepted_inputs
 
 DEFAULT_FORMAT = "compressed-tensors"
@@ -44,6 +45,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
     extras_from: Path | None = None,
+    sentence_encoder: bool = False,
     example: Mapping[str, Tensor] | None = None,
     tied_once: bool = False,
 ) -> Path:
@@ -58,7 +60,8 @@ def save(
         plan: What was kept, if the model was pruned.
         tokenizer: Saved beside the model.
         card: Text of the model card, README.md.
-        extras_from: Folder of the dense model; what other libraries need from it (pooling) is copied.
+        extras_from: Folder of the dense model; what sentence-transformers needs from it (pooling) is copied.
+        sentence_encoder: Write that for mean pooling where the dense model has nothing of the kind; not beside ONNX.
         example: Model inputs to check an ONNX file with.
         tied_once: Write integers of a matrix with two uses under one of its names, which :func:`load` takes and other
             readers do not.
@@ -85,8 +88,7 @@ def save(
         finish_folder(folder, model, own, kind, schemes, plan=plan, tokenizer=tokenizer, dtype=dtype)
         if card is not None:
             (folder / "README.md").write_text(card)
-        if extras_from is not None:
-            checkpoint.copy_extras(extras_from, folder)
+        checkpoint.add_side_files(folder, model, tokenizer, extras_from, sentence_encoder and format != ONNX)
     return Path(directory)
 
 
@@ -209,21 +211,28 @@ def _is_transposed(model: PreTrainedModel, name: str) -> bool:
     return isinstance(model.get_submodule(name), Conv1D)
 
 
-def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+def load(
+    directory: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Load a folder that this package wrote: pruned, quantized, or both.
 
     Quantized layers compute with what their integers stand for. The packages of the format need not be installed.
 
     Args:
-        directory: The folder.
+        directory: The folder, or ``user/name`` of a repository on the hub. No code that comes from there is run.
+        revision: Branch, tag or commit on the hub.
+        token: For a private repository; by default the one that the user is signed in with.
         **kwargs: Passed to ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ...
 
     Raises:
         CheckpointError: The folder is not there or not a checkpoint of this package.
+        HubError: The hub cannot be reached.
     """
-    path = Path(directory)
+    path = folder_of(directory, revision=revision, token=token)
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} has no config.json; pass the folder that a run wrote.")
+        raise CheckpointError(
+            f"{directory} has no config.json; pass the folder that a run wrote, or a name on the hub."
+        )
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     section = getattr(config, "quantization_config", None)
     pruned = bool(getattr(config, "shrinkformer", None))

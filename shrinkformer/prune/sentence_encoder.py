@@ -1,0 +1,94 @@
+"""Files that make a checkpoint a sentence encoder for sentence-transformers.
+
+Source: the layout of sentence-transformers; the names of modules and keys are those of its versions 2 to 6.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from shrinkformer.architectures import find_architecture
+
+MODULES = "modules.json"
+
+SIDE_FILES = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
+
+SIDE_PATTERNS = (*SIDE_FILES, "[0-9]*_*/*.json", "[0-9]*_*/*.safetensors")
+"""The same and the folders of modules (pooling, dense layers), as they are called on the hub."""
+
+
+def copy_side_files(source: Path, folder: Path) -> bool:
+    """Copy what sentence-transformers needs beside the model.
+
+    Args:
+        source: Folder of the dense model.
+        folder: Of the new checkpoint.
+
+    Returns:
+        Whether the source is a sentence encoder.
+    """
+    if not (source / MODULES).is_file():
+        return False
+    files = [source / name for name in SIDE_FILES]
+    for path in _module_folders(source):
+        files += [*sorted((source / path).glob("*.json")), *sorted((source / path).glob("*.safetensors"))]
+    for file in files:
+        if file.is_file():
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    return True
+
+
+def _module_folders(source: Path) -> list[str]:
+    """Folders that ``modules.json`` names, below the source only."""
+    modules: Sequence[Any] = json.loads((source / MODULES).read_text(encoding="utf-8"))
+    paths = [str(module.get("path") or "") for module in modules]
+    return [path for path in paths if path and ".." not in PurePosixPath(path).parts and not path.startswith("/")]
+
+
+def write_side_files(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Make a folder a sentence encoder as our evaluation reads it: mean over the tokens, then length 1.
+
+    Args:
+        folder: With a plain encoder.
+        config: Of the encoder.
+        tokenizer: For the longest input.
+    """
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    files: dict[str, Any] = {
+        MODULES: [
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for index, (path, kind) in enumerate(modules)
+        ],
+        "sentence_bert_config.json": {"max_seq_length": _longest(config, tokenizer), "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": config.hidden_size,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": True,
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _longest(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Tokens that an encoder takes; some families begin to count positions behind that of padding."""
+    reserved = find_architecture(config.model_type).positions_follow_padding
+    longest = int(config.max_position_embeddings) - (int(config.pad_token_id or 0) + 1 if reserved else 0)
+    return longest if tokenizer is None else min(longest, int(tokenizer.model_max_length))
