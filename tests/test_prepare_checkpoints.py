@@ -128,6 +128,7 @@ class TestFineTune:
     def test_similarity_is_copied(self, script, encoder, tmp_path):
         (encoder / "1_Pooling").mkdir()
         (encoder / "1_Pooling" / "config.json").write_text("{}")
+        (encoder / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
         assert script.main(arguments(tmp_path, encoder, "similarity")) == 0
         folder = tmp_path / "models" / "tiny" / "similarity"
         assert (folder / "1_Pooling" / "config.json").is_file()

@@ -126,7 +126,7 @@ def one_line(repo_id: str) -> Iterator[None]:
         raise HubError(f"{repo_id}: {_cause(error)}.") from None
     except errors.OfflineModeIsEnabled:
         raise HubError(f"{repo_id}: HF_HUB_OFFLINE=1 forbids to ask the hub; unset it.") from None
-    except (http_error, ConnectionError, TimeoutError) as error:
+    except (http_error, errors.FileMetadataError, ConnectionError, TimeoutError) as error:
         raise HubError(f"{repo_id}: {_cause(error)}.") from None
 
 
