@@ -146,6 +146,7 @@ class Session:
             device=job.device,
             seconds=seconds | {"total": sum(seconds.values())},
             peak_memory_bytes=peak_memory_bytes(job.device),
+            dense_layers=layer_sizes(layer_views(self.model)),
             **found,
         )
 
