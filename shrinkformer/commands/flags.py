@@ -13,10 +13,11 @@ from shrinkformer.errors import InputError
 Options = TypeVar("Options", bound=PruneOptions)
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise it, for the command to show."""
         raise InputError(message.removeprefix("argument ") + f" (see {self.prog} --help)")
 
 
@@ -42,7 +43,7 @@ def parse_options(
     Raises:
         InputError: An argument is not known or has a wrong value.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
     for entry in fields(kind):
         if only is None or entry.name in only:
             _add_flag(parser, entry)

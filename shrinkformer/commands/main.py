@@ -11,6 +11,7 @@ COMMANDS = {
     "prune": "make a model smaller under a MAC budget, evaluate and save it",
     "quantize": "the same, and store its weights as integers of 8 to 1 bits",
     "evaluate": "metrics and sizes of a model as it is",
+    "inspect": "sizes, MACs and bytes of a checkpoint, layer by layer, without loading its weights",
 }
 """What each command does; ``shrinkformer <command> --help`` lists its flags."""
 

@@ -1,6 +1,6 @@
 """The page of a report: its newest run in detail, and all its runs against each other."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from shrinkformer.pictures.charts import DENSE, NOTHING, shown
 from shrinkformer.pictures.page import facts, figures, lead, page, section, tiles
@@ -19,17 +19,23 @@ def report_page(lines: Iterable[str]) -> str | None:
         The page; None if no line is a run.
     """
     runs, unread = read_runs(lines)
-    if not runs:
-        return None
+    return page_of_runs(runs, unread) if runs else None
+
+
+def page_of_runs(runs: Sequence[RunRecord], unread: int = 0) -> str:
+    """The same for runs that were read before.
+
+    Args:
+        runs: At least one, oldest first.
+        unread: Lines of the file that are no run.
+    """
     run = runs[-1]
     distinct = newest_of_each(runs)
     charts = run_charts(run)
-    tasks = list(dict.fromkeys(each.word("task_name") for each in runs))
-    title = f"{run.word('model_name')} on {', '.join(tasks)}"
     which = f"the newest of {len(runs)} runs in this report" if len(runs) > 1 else "the only run in this report"
     note = f" {unread} lines of the report could not be read." if unread else ""
     return page(
-        title,
+        run_title(runs),
         [
             lead(f"{_asked(run)}: {which}, {run.moment}.{note}"),
             tiles(_headline(run)),
@@ -42,6 +48,12 @@ def report_page(lines: Iterable[str]) -> str | None:
             section("Where it comes from", facts(provenance(run))),
         ],
     )
+
+
+def run_title(runs: Sequence[RunRecord]) -> str:
+    """Model and tasks."""
+    tasks = dict.fromkeys(run.word("task_name") for run in runs)
+    return f"{runs[-1].word('model_name')} on {', '.join(tasks)}"
 
 
 def _headline(run: RunRecord) -> list[tuple[str, str, str]]:

@@ -120,6 +120,14 @@ class RunRecord:
         return ", ".join(names) or DENSE
 
     @property
+    def summary(self) -> str:
+        """The run in one line."""
+        mu = shown(number(self.fields.get("mu")), ".4g")
+        metrics = ", ".join(f"{name} {with_error(self.last, name)}" for name in self.metrics)
+        macs = share(self.last.macs, self.models[DENSE].macs)
+        return f"{self.moment}  {self.how}, mu {mu}: {metrics}; {macs} of the MACs"
+
+    @property
     def settings(self) -> tuple[str, ...]:
         """What was asked for; of runs with the same settings the newest counts."""
         names = ("task_name", "method", "mu", "target_ratio", "budget", "seed", "sample_batch_size")

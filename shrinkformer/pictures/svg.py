@@ -76,9 +76,8 @@ def _bars(chart: BarChart) -> tuple[list[str], float]:
             y += _ROW
         y += _GAP
     if chart.category_axis:
-        body.append(
-            f'<text x="{_n(left - 6 - zero * _LETTER)}" y="{_n(height + 13)}" class="e a">{text(chart.category_axis)}</text>'
-        )
+        x = _n(left - 6 - zero * _LETTER)
+        body.append(f'<text x="{x}" y="{_n(height + 13)}" class="e a">{text(chart.category_axis)}</text>')
     middle = left + (WIDTH - left - right) / 2
     body.append(f'<text x="{_n(middle)}" y="{_n(height + 30)}" class="m a">{text(chart.axis)}</text>')
     return body, height + _AXIS

@@ -213,10 +213,19 @@ def stock_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))
 
 
+def auto_class(architecture: str) -> str:
+    """The Auto class that opens a model by the name of its class: ``AutoModel`` where it has no head that we know."""
+    return _AUTO_CLASSES.get(_head(architecture), "AutoModel")
+
+
+def _head(architecture: str) -> str:
+    return next((suffix for suffix in _AUTO_CLASSES if architecture.endswith(suffix)), "Model")
+
+
 def _auto_map(stock: type[PreTrainedModel]) -> dict[str, str]:
     """Which class of the folder each Auto class should use."""
     module = Path(inspect.getfile(pruned_modeling)).stem
-    head = next((suffix for suffix in _AUTO_CLASSES if stock.__name__.endswith(suffix)), "Model")
+    head = _head(stock.__name__)
     family = stock.__name__.removesuffix(head)
     entries = {"AutoModel": f"{module}.{family}Model"}
     if head in _AUTO_CLASSES:

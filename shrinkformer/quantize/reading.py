@@ -36,7 +36,7 @@ def read_quantized_state_dict(folder: Path, config: Mapping[str, Any], dtype: to
     format_ = find_format(config)
     state: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        files = _open_shards(folder, stack)
+        files = open_shards(folder, stack)
         modules = [name.removesuffix(f".{format_.suffixes[0]}") for name in files if _starts(name, format_)]
         if not modules:
             raise CheckpointError(
@@ -77,7 +77,7 @@ def _starts(name: str, format_: Format) -> bool:
     return name.endswith(f".{format_.suffixes[0]}")
 
 
-def _open_shards(folder: Path, stack: ExitStack) -> dict[str, Any]:
+def open_shards(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """The open file of every tensor; nothing is read before ``get_tensor``."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():

@@ -1,0 +1,83 @@
+"""What the headers of weight files say: types, shapes and bits, without reading a weight."""
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from shrinkformer.architectures import find_architecture
+from shrinkformer.errors import CheckpointError
+from shrinkformer.quantize.reading import find_format, open_shards
+
+READABLE = ("compressed-tensors", "gptq")
+"""Methods whose weights this package reads."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of a file describes it; ``dtype`` is the file's name for it, such as ``BF16``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What it takes."""
+        bits = re.search(r"\d+", self.dtype)
+        return prod(self.shape) * int(bits[0] if bits else 8) // 8
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of the safetensors files by name; only headers are read.
+
+    Raises:
+        CheckpointError: A file is damaged or missing.
+    """
+    if not any(folder.glob("*.safetensors*")):
+        return {}
+    with ExitStack() as stack:
+        files = open_shards(folder, stack)
+        slices = {name: file.get_slice(name) for name, file in files.items()}
+        return {name: StoredTensor(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def block_of(name: str, layers: str) -> int | None:
+    """Number of the block that a tensor or module belongs to."""
+    match = re.search(rf"(?:^|\.){re.escape(layers.rpartition('.')[2])}\.(\d{{1,6}})\.", name)
+    return int(match[1]) if match else None
+
+
+def read_quantization(config: PreTrainedConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, Any] | None:
+    """Method of a quantized checkpoint, and the bits of every linear layer where they can be known.
+
+    Returns:
+        ``method``, ``bits`` (all numbers of bits), and ``layers``: number of the block, or None, name and bits; None
+        for a checkpoint that is not quantized.
+
+    Raises:
+        CheckpointError: The configuration is damaged.
+    """
+    section = getattr(config, "quantization_config", None)
+    if section is None:
+        return None
+    if not isinstance(section, dict):
+        raise CheckpointError("quantization_config in config.json is no section; download the model again.")
+    method = str(section.get("quant_method"))
+    if method not in READABLE:  # we cannot say more about it
+        bits = section.get("bits")
+        return {"method": method, "bits": [bits] if isinstance(bits, int) else [], "layers": []}
+    format_, layers = find_format(section), find_architecture(config.model_type).layers
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    modules = [
+        name.removesuffix(f".{format_.suffixes[0]}") for name in tensors if name.endswith(f".{format_.suffixes[0]}")
+    ]
+    rows = [
+        {"layer": block_of(name, layers), "name": name, "bits": format_.bits(name, shapes, section)} for name in modules
+    ]
+    rows.sort(key=lambda row: (row["layer"] is None, row["layer"] or 0, row["name"]))
+    return {"method": method, "bits": sorted({row["bits"] for row in rows}), "layers": rows}
