@@ -42,7 +42,7 @@ def find_checkpoint(name: str) -> Source:
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # a file of somebody else: every type of error is possible
         where = "its config.json cannot be read" if folder.exists() else "no such folder, not bundled, not on the hub"
-        raise InputError(f"{name}: {where} ({_first_line(error)}); pass a checkpoint folder.") from None
+        raise InputError(f"{name}: {where} ({_in_one_line(error)}); pass a checkpoint folder.") from None
     try:
         find_architecture(config.model_type)
     except ShrinkformerError as error:
@@ -171,7 +171,7 @@ def _build(source: Source, config: PreTrainedConfig, tensors: Mapping[str, Store
             made: PreTrainedModel = AutoModel.from_config(own, trust_remote_code=False)
             return made
     except Exception as error:  # sizes that fit no model fail anywhere in transformers and torch
-        raise InputError(f"config.json describes no {name or config.model_type} ({_first_line(error)}).") from None
+        raise InputError(f"config.json describes no {name or config.model_type} ({_in_one_line(error)}).") from None
 
 
 def _require_fitting(views: Sequence[LayerView], tensors: Mapping[str, StoredTensor], source: Source) -> None:
@@ -182,7 +182,7 @@ def _require_fitting(views: Sequence[LayerView], tensors: Mapping[str, StoredTen
     found = {index for name in tensors if (index := block_of(name, record.layers)) is not None}
     if found != set(range(len(views))):
         raise InputError(
-            f"config.json says {len(views)} blocks, the weight files hold {len(found)}; one is not its own."
+            f"config.json says {len(views)} blocks, the weight files hold {len(found)}; they belong to different models."
         )
     for name, tensor in tensors.items():
         index = block_of(name, record.layers)
@@ -191,7 +191,7 @@ def _require_fitting(views: Sequence[LayerView], tensors: Mapping[str, StoredTen
                 expected = tuple(views[index].linear(path).module.weight.shape)  # type: ignore[arg-type]
                 if tensor.shape != expected:
                     raise InputError(
-                        f"{name} is {tensor.shape} in the file, {expected} by config.json; one is not its own."
+                        f"{name} is {tensor.shape} in the file, {expected} by config.json; they belong to different models."
                     )
 
 
@@ -243,5 +243,5 @@ def _versions(config: PreTrainedConfig) -> dict[str, str]:
     return {str(name): str(value) for name, value in versions.items()} if isinstance(versions, dict) else {}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _in_one_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]

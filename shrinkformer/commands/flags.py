@@ -17,7 +17,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise it, for the command to show."""
+        """What is wrong, as an :class:`InputError`."""
         raise InputError(message.removeprefix("argument ") + f" (see {self.prog} --help)")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from shrinkformer.commands.console import run_command
 from shrinkformer.commands.flags import OneLineParser
 from shrinkformer.errors import InputError
-from shrinkformer.pictures.charts import Chart
+from shrinkformer.pictures.charts import Chart, tokens
 from shrinkformer.pictures.checkpoint_page import (
     checkpoint_charts,
     checkpoint_page,
@@ -124,7 +124,7 @@ def in_words(found: dict[str, Any]) -> str:
         f"{found['name']}: {found['architecture']} ({found['model_type']}), {role_in_words(found)}",
         f"  {len(found['layers'])} layers; {found['parameters'] / 1e6:,.1f}{of('parameters')} M parameters; "
         f"{found['bytes'] / 1e6:,.1f} MB",
-        f"  {found['macs'] / 1e6:,.1f}{of('macs')} M MACs at {found['sequence_length']:g} tokens: "
+        f"  {found['macs'] / 1e6:,.1f}{of('macs')} M MACs at {tokens(found['sequence_length'])}: "
         f"attention {found['attention_macs'] / 1e6:,.1f}, feed-forward {found['ffn_macs'] / 1e6:,.1f}",
     ]
     if found["quantization"]:

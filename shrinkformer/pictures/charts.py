@@ -59,6 +59,11 @@ class BarChart:
         drawn = (*self.series, self.full) if self.full else self.series
         return max([self.limit, *finite(value for each in drawn for value in each.values)], default=0.0) or 1.0
 
+    @property
+    def has_legend(self) -> bool:
+        """Whether bars of several colours are to be told apart."""
+        return len(self.series) > 1 or self.full is not None
+
     def label(self, series: Series, category: int) -> str:
         """What stands behind a bar."""
         text = shown(series.values[category], self.form)
@@ -162,6 +167,11 @@ def has_data(chart: Chart) -> bool:
 def shown(value: float, form: str) -> str:
     """A value for people; "n/a" where there is none."""
     return format(value, form) if math.isfinite(value) else "n/a"
+
+
+def tokens(length: float) -> str:
+    """A length in tokens, which may be a mean."""
+    return f"{length:,.2f}".removesuffix(".00") + " tokens" if math.isfinite(length) else "n/a"
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from shrinkformer.pictures.charts import DENSE, PRUNED, QUANTIZED, BarChart, Chart, Series, shown
+from shrinkformer.pictures.charts import DENSE, PRUNED, QUANTIZED, BarChart, Chart, Series, shown, tokens
 from shrinkformer.pictures.layers import code_charts, error_chart, has_narrow_heads, layer_names, size_charts
 from shrinkformer.pictures.page import code, facts, figures, folded, lead, page, section, table, tiles
 from shrinkformer.pictures.runs import number, share
@@ -63,7 +63,7 @@ def checkpoint_charts(found: Facts) -> dict[str, list[Chart]]:
     costs: list[Chart] = [
         BarChart(
             "MACs by layer",
-            f"MACs (M) at {found['sequence_length']:g} tokens",
+            f"MACs (M) at {tokens(found['sequence_length'])}",
             names,
             (
                 Series("attention", PRUNED, tuple(number(row["attention_macs"]) / 1e6 for row in rows)),
@@ -94,7 +94,11 @@ def checkpoint_charts(found: Facts) -> dict[str, list[Chart]]:
     if quantized:
         weights.insert(0, code_charts(quantized)[0])
     errors = [error_chart(found["plan"]["layers"])] if found["plan"] and any_errors(found["plan"]["layers"]) else []
-    return {"sizes": [*size_charts(rows, dense, role), *errors], "costs": costs, "weights": weights}
+    return {
+        "sizes": [*size_charts(rows, dense, PRUNED if dense else role), *errors],
+        "costs": costs,
+        "weights": weights,
+    }
 
 
 def any_errors(rows: list[dict[str, Any]]) -> bool:
@@ -118,7 +122,7 @@ def _headline(found: Facts) -> list[tuple[str, str, str]]:
         (
             "on disk",
             f"{found['bytes'] / 1e6:,.1f} MB" if found["files"] else "n/a",
-            f"{len(found['files'])} weight file(s)",
+            "weight files" if len(found["files"]) > 1 else "one weight file",
         ),
     ]
     if found["quantization"]:
@@ -185,7 +189,7 @@ def provenance(found: Facts) -> list[tuple[str, object]]:
     if plan:
         rows += [
             ("plan", f"method {plan['method']}, mu {plan['mu']:.4g} of {plan['budget']}, seed {plan['seed']}"),
-            ("MACs kept", f"{plan['ratio']:.4f} at {plan['sequence_length']:.2f} tokens"),
+            ("MACs kept", f"{plan['ratio']:.4f} at {tokens(plan['sequence_length'])}"),
             (
                 "divergence from dense on held-out examples",
                 ", ".join(f"{name} {value:.4f}" for name, value in plan["held_out_divergence"].items()),

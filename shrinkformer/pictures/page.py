@@ -20,7 +20,7 @@ h2{font-size:1.1rem;margin:32px 0 10px}
 p{margin:0 0 12px;color:var(--soft);max-width:75ch}
 p.lead{overflow-wrap:anywhere}
 .grid{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));align-items:start}
-.tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,170px),1fr));margin:16px 0 0}
+.tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,185px),1fr));margin:16px 0 0}
 figure,.tile{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px}
 figcaption{font-weight:600;margin-bottom:6px}
 .tile b{display:block;font-size:1.5rem;line-height:1.2;font-variant-numeric:tabular-nums}

@@ -57,7 +57,8 @@ def draw_png(title: str, charts: Sequence[Chart]) -> bytes:
                 _bars(axes, chart)
             else:
                 _points(axes, chart)
-            axes.set_title(_plain(chart.title), loc="left", fontsize=10, fontweight="bold")
+            above = 18 if isinstance(chart, BarChart) and chart.has_legend else 6  # points; the legend stands below it
+            axes.set_title(_plain(chart.title), loc="left", fontsize=10, fontweight="bold", pad=above)
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8)
     FigureCanvasAgg(figure)
@@ -92,8 +93,8 @@ def _bars(axes: Any, chart: BarChart) -> None:
     axes.set_xlim(0, chart.end * 1.2)
     axes.set_xlabel(_plain(chart.axis), fontsize=8)
     axes.set_ylabel(_plain(chart.category_axis), fontsize=8)
-    if count > 1 or chart.full is not None:
-        axes.legend(fontsize=7, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    if chart.has_legend:
+        axes.legend(fontsize=7, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 0.99))
 
 
 def _points(axes: Any, chart: PointChart) -> None:

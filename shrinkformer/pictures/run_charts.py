@@ -25,7 +25,11 @@ _STEPS = ("loading", "calibration", "selection", "allocation", "refit", "quantiz
 
 def newest_of_each(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Of runs with the same settings the newest one, oldest first, and only so many."""
-    return list({run.settings: run for run in reversed(runs)}.values())[:_MOST_RUNS][::-1]
+    newest: dict[tuple[str, ...], RunRecord] = {}
+    for run in runs:
+        newest.pop(run.settings, None)
+        newest[run.settings] = run
+    return list(newest.values())[-_MOST_RUNS:]
 
 
 def run_charts(run: RunRecord) -> dict[str, list[Chart]]:

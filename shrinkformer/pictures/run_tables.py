@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from shrinkformer.pictures.charts import DENSE, NOTHING, PRUNED, shown
+from shrinkformer.pictures.charts import DENSE, NOTHING, PRUNED, shown, tokens
 from shrinkformer.pictures.layers import has_narrow_heads
 from shrinkformer.pictures.page import folded, table
 from shrinkformer.pictures.runs import RunRecord, form_of, number, share, with_error
@@ -100,7 +100,7 @@ def provenance(run: RunRecord) -> list[tuple[str, object]]:
         ("saved to", run.word("save_dir")),
         (
             "MACs counted at",
-            f"{shown(number(run.fields.get('sequence_length')), '.2f')} tokens" if PRUNED in run.models else "",
+            tokens(number(run.fields.get("sequence_length"))) if PRUNED in run.models else "",
         ),
         ("peak memory", f"{memory / 2**20:,.0f} MiB" if math.isfinite(memory) else ""),
         ("divergence from dense on held-out examples", _pairs(divergence, " ")),

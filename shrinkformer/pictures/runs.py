@@ -8,6 +8,9 @@ from typing import Any
 
 from shrinkformer.pictures.charts import DENSE, NOTHING, PRUNED, QUANTIZED, shown
 
+_LARGEST = 1e30
+"""What no figure of a model reaches; beyond it, scales of charts would overflow."""
+
 MODELS = (DENSE, PRUNED, QUANTIZED)
 """Sections of a record, in the order in which a run makes the models."""
 
@@ -161,7 +164,7 @@ def number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return NOTHING
     try:
-        return float(value) if math.isfinite(value) else NOTHING
+        return float(value) if abs(value) < _LARGEST else NOTHING
     except OverflowError:
         return NOTHING
 

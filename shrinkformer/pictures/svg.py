@@ -9,7 +9,18 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 
-from shrinkformer.pictures.charts import BarChart, Chart, Point, PointChart, PointSeries, Series, shown, ticks
+from shrinkformer.pictures.charts import (
+    NOTHING,
+    BarChart,
+    Chart,
+    Point,
+    PointChart,
+    PointSeries,
+    Series,
+    finite,
+    shown,
+    ticks,
+)
 
 WIDTH = 360
 
@@ -42,7 +53,9 @@ def text(value: object) -> str:
 
 def _description(chart: Chart) -> str:
     if isinstance(chart, BarChart):
-        names = ", ".join(f"{each.name} up to {shown(max(each.values), chart.form)}" for each in chart.series)
+        names = ", ".join(
+            f"{each.name} up to {shown(max(finite(each.values), default=NOTHING), chart.form)}" for each in chart.series
+        )
         return f"{chart.axis} of {len(chart.categories)} {chart.category_axis or 'categories'}: {names}."
     return f"{chart.y_axis} against {chart.x_axis}: {len(chart.points)} measurements."
 
@@ -56,7 +69,7 @@ def _bars(chart: BarChart) -> tuple[list[str], float]:
     scale = (WIDTH - left - right) / chart.end
     body: list[str] = []
     top = float(_TOP)
-    if len(chart.series) > 1 or chart.full:
+    if chart.has_legend:
         shapes = [(each.role, each.name, "square") for each in ((chart.full,) if chart.full else ()) + chart.series]
         rows, top = _legend(shapes, top)
         body += rows

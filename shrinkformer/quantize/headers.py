@@ -76,6 +76,11 @@ def read_quantization(config: PreTrainedConfig, tensors: Mapping[str, StoredTens
     modules = [
         name.removesuffix(f".{format_.suffixes[0]}") for name in tensors if name.endswith(f".{format_.suffixes[0]}")
     ]
+    if tensors and not modules:
+        raise CheckpointError(
+            f"no {format_.suffixes[0]} tensor is in the files, although config.json says {method}; download or quantize "
+            "the model again."
+        )
     rows = [
         {"layer": block_of(name, layers), "name": name, "bits": format_.bits(name, shapes, section)} for name in modules
     ]
