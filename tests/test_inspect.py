@@ -215,6 +215,10 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5])
 
 
+def long_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
+
+
 def lose_block(folder: Path) -> None:
     state = {n: t for n, t in build_model().state_dict().items() if "layer.2." not in n}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
@@ -251,7 +255,9 @@ def leave_folder(folder: Path) -> None:
         ),
         (edit_config(shrinkformer={"layers": []}, per_layer_config={"0": {"num_attention_heads": 1}}), "config.json"),
         (edit_config(quantization_config=[1]), "config"),
-        (truncate, "cannot be read"),
+        (truncate, "model.safetensors cannot be read"),
+        (long_header, "model.safetensors cannot be read (a header of"),
+        (write("model.safetensors", ""), "model.safetensors cannot be read"),
         (lose_block, "the weight files hold 2"),
         (leave_folder, "outside of its folder"),
         (write("model.safetensors.index.json", "{}"), "is no index of weights"),

@@ -212,7 +212,7 @@ def test_a_page_of_many_runs() -> None:
         "torch 2.13.0",
         "6 of 12",
         "700 of 1,536",
-        "10 runs",
+        "10 runs in all",
         "1,024 MiB",
     ):
         assert word in checker.text, word
@@ -246,7 +246,7 @@ def test_the_newest_of_equal_settings_counts() -> None:
     old["pruned"]["metrics"]["accuracy"] = 0.1234
     text = check(render(old, new)).text
     assert "0.1234" not in text
-    assert "the newest of 2 runs" in text
+    assert "in detail; 2 runs in all" in text
 
 
 def test_a_dense_model_alone_and_old_records() -> None:

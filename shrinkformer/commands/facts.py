@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from shrinkformer.architectures import LayerView, find_architecture, layer_views
-from shrinkformer.commands.locate import BUNDLED_DECODER, BUNDLED_MODEL, Source, bundled_decoder, bundled_model
+from shrinkformer.commands.locate import Source, bundled_decoder, bundled_model
+from shrinkformer.commands.options import BUNDLED_DECODER, BUNDLED_MODEL
 from shrinkformer.efficiency.macs import LayerSize, attention_macs, neuron_macs
 from shrinkformer.efficiency.size import count_parameters
 from shrinkformer.errors import InputError, ShrinkformerError
@@ -76,7 +77,7 @@ def read_facts(source: Source, sequence_length: float | None) -> dict[str, Any]:
     kinds: dict[str, int] = {}
     for tensor in tensors.values():
         kinds[tensor.dtype] = kinds.get(tensor.dtype, 0) + tensor.bytes
-    files = [{"name": file.name, "bytes": file.stat().st_size} for file in _weight_files(folder)]
+    files: list[dict[str, Any]] = [{"name": file.name, "bytes": file.stat().st_size} for file in _weight_files(folder)]
     return {
         "name": source.name,
         "location": source.location,
@@ -182,7 +183,7 @@ def _require_fitting(views: Sequence[LayerView], tensors: Mapping[str, StoredTen
     found = {index for name in tensors if (index := block_of(name, record.layers)) is not None}
     if found != set(range(len(views))):
         raise InputError(
-            f"config.json says {len(views)} blocks, the weight files hold {len(found)}; they belong to different models."
+            f"config.json says {len(views)} blocks, the weight files hold {len(found)}; these are two models."
         )
     for name, tensor in tensors.items():
         index = block_of(name, record.layers)
@@ -191,7 +192,7 @@ def _require_fitting(views: Sequence[LayerView], tensors: Mapping[str, StoredTen
                 expected = tuple(views[index].linear(path).module.weight.shape)  # type: ignore[arg-type]
                 if tensor.shape != expected:
                     raise InputError(
-                        f"{name} is {tensor.shape} in the file, {expected} by config.json; they belong to different models."
+                        f"{name} is {tensor.shape} in the file, {expected} by config.json; these are two models."
                     )
 
 

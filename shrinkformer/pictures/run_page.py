@@ -29,15 +29,15 @@ def page_of_runs(runs: Sequence[RunRecord], unread: int = 0) -> str:
         runs: At least one, oldest first.
         unread: Lines of the file that are no run.
     """
-    run = runs[-1]
+    run = next((each for each in reversed(runs) if len(each.models) > 1), runs[-1])  # one that made a model, if any
     distinct = newest_of_each(runs)
     charts = run_charts(run)
-    which = f"the newest of {len(runs)} runs in this report" if len(runs) > 1 else "the only run in this report"
+    others = f" in detail; {len(runs)} runs in all" if len(runs) > 1 else ""
     note = f" {unread} lines of the report could not be read." if unread else ""
     return page(
         run_title(runs),
         [
-            lead(f"{_asked(run)}: {which}, {run.moment}.{note}"),
+            lead(f"{_asked(run)}, {run.moment}{others}.{note}"),
             tiles(_headline(run)),
             section("Every run" if len(distinct) > 1 else "This run", figures(comparison_charts(distinct))),
             section("What each layer kept", figures(charts["layers"]), layer_table(run)),

@@ -1,18 +1,22 @@
 """What the headers of weight files say: types, shapes and bits, without reading a weight."""
 
+import json
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from shrinkformer.architectures import find_architecture
 from shrinkformer.errors import CheckpointError
-from shrinkformer.quantize.reading import find_format, open_shards
+from shrinkformer.quantize.reading import find_format, weight_map
+
+_LONGEST_HEADER = 100_000_000  # bytes; that of the safetensors library
+_METADATA = "__metadata__"
 
 READABLE = ("compressed-tensors", "gptq")
 """Methods whose weights this package reads."""
@@ -33,17 +37,50 @@ class StoredTensor:
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of the safetensors files by name; only headers are read.
+    """All tensors of the safetensors files by name; nothing but headers is read, or mapped, however large a file is.
 
     Raises:
         CheckpointError: A file is damaged or missing.
     """
     if not any(folder.glob("*.safetensors*")):
         return {}
-    with ExitStack() as stack:
-        files = open_shards(folder, stack)
-        slices = {name: file.get_slice(name) for name, file in files.items()}
-        return {name: StoredTensor(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    places = weight_map(index) if index.is_file() else {}
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(places.values())) or [SAFE_WEIGHTS_NAME]:
+        tensors |= read_header(folder / shard)
+    for name in places:
+        if name not in tensors:
+            raise CheckpointError(f"{name} is in {index} but in none of its files; download the model again.")
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+
+    Source:
+        https://github.com/huggingface/safetensors, "Format": 8 bytes with the length of a JSON object, which says where
+        behind it each tensor lies.
+    """
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _LONGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(stream.read(length))
+        ends = [part["data_offsets"][1] for name, part in header.items() if name != _METADATA]
+        if 8 + length + max(ends, default=0) != file.stat().st_size:
+            raise ValueError(f"{file.stat().st_size} bytes, the header says {8 + length + max(ends, default=0)}")
+        return {
+            name: StoredTensor(str(part["dtype"]), tuple(int(size) for size in part["shape"]))
+            for name, part in header.items()
+            if name != _METADATA
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{file.name} cannot be read ({error}); download the model again.") from None
 
 
 def block_of(name: str, layers: str) -> int | None:
@@ -78,7 +115,7 @@ def read_quantization(config: PreTrainedConfig, tensors: Mapping[str, StoredTens
     ]
     if tensors and not modules:
         raise CheckpointError(
-            f"no {format_.suffixes[0]} tensor is in the files, although config.json says {method}; download or quantize "
+            f"no {format_.suffixes[0]} tensor is in the files, although config.json says {method}; download "
             "the model again."
         )
     rows = [

@@ -36,7 +36,7 @@ def read_quantized_state_dict(folder: Path, config: Mapping[str, Any], dtype: to
     format_ = find_format(config)
     state: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        files = open_shards(folder, stack)
+        files = _open_shards(folder, stack)
         modules = [name.removesuffix(f".{format_.suffixes[0]}") for name in files if _starts(name, format_)]
         if not modules:
             raise CheckpointError(
@@ -77,12 +77,12 @@ def _starts(name: str, format_: Format) -> bool:
     return name.endswith(f".{format_.suffixes[0]}")
 
 
-def open_shards(folder: Path, stack: ExitStack) -> dict[str, Any]:
+def _open_shards(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """The open file of every tensor; nothing is read before ``get_tensor``."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
         raise CheckpointError(f"{folder} has no {SAFE_WEIGHTS_NAME} and no index of shards; pass a model's folder.")
-    places = _weight_map(index) if index.is_file() else {}
+    places = weight_map(index) if index.is_file() else {}
     files: dict[str, Any] = {}
     for shard in sorted(set(places.values())) or [SAFE_WEIGHTS_NAME]:
         try:
@@ -96,8 +96,12 @@ def open_shards(folder: Path, stack: ExitStack) -> dict[str, Any]:
     return files
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """File by tensor, from the index of a folder; files lie in the folder itself."""
+def weight_map(index: Path) -> dict[str, str]:
+    """File by tensor, from the index of a folder; files lie in the folder itself.
+
+    Raises:
+        CheckpointError: The index is damaged, or names a file elsewhere.
+    """
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = {str(name): str(shard) for name, shard in places.items()}
