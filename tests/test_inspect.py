@@ -1,7 +1,7 @@
 """``shrinkformer inspect`` on every kind of tiny checkpoint, and on what is none."""
 
+import importlib.util
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def test_words_page_and_png(tmp_path: Path, capsys: Capture) -> None:
     result = pruned()
     shrinkformer.save(result.model, tmp_path / "<b>small", plan=result.plan)
     files = ["--html", str(tmp_path / "page.html")]
-    if shutil.which("python") and png.importlib.util.find_spec("matplotlib"):
+    if importlib.util.find_spec("matplotlib"):
         files += ["--png", str(tmp_path / "page.png")]
     assert main(["inspect", str(tmp_path / "<b>small"), *files]) == 0
     said = capsys.readouterr().out
@@ -292,7 +292,6 @@ def test_damaged_folders_end_in_one_line(
     ],
 )
 def test_wrong_flags(flags: list[str], message: str, model_folder: Path, capsys: Capture) -> None:
-    pytest.importorskip("matplotlib")
     assert main(["inspect", *(flag.format(model=model_folder) for flag in flags)]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1

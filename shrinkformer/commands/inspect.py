@@ -34,10 +34,10 @@ def inspect_command(arguments: Sequence[str] | None) -> None:
         InputError: There is no checkpoint and no report, or it is damaged, or a picture cannot be written.
     """
     flags = _parser().parse_args(arguments)
-    if flags.png is not None:
-        require_matplotlib()
     for name in ("html", "png"):
         _require_writable(f"--{name}", getattr(flags, name))
+    if flags.png is not None:
+        require_matplotlib()
     length = flags.sequence_length
     if length is not None and not (math.isfinite(length) and length > 0):
         raise InputError(f"--sequence_length {length}: must be above 0.")
