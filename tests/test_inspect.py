@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,3 +319,24 @@ def test_a_report(tmp_path: Path, capsys: Capture) -> None:
     report.write_text("nothing\n")
     assert main(["inspect", str(report)]) == 2
     assert "it holds no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_model_of_the_hub(weights: bool, tmp_path: Path) -> None:
+    """Its configuration is in the cache; its weights may be, and are not fetched for this."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "hub" / "models--tester--tiny"
+    folder = cache / "snapshots" / commit
+    model = build_model()
+    model.save_pretrained(folder) if weights else model.config.save_pretrained(folder)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    command = [sys.executable, "-m", "shrinkformer", "inspect", "tester/tiny", "--json"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=280)
+    found = json.loads(result.stdout)
+    assert (found["name"], found["location"]) == ("tester/tiny", "tester/tiny")
+    assert found["parameters"] == count_parameters(model)
+    assert found["bytes"] == (folder_bytes(folder) if weights else 0)
+    assert [row["bytes"] is not None for row in found["layers"]] == [weights] * 3

@@ -120,10 +120,10 @@ def in_words(found: dict[str, Any]) -> str:
     def of(key: str) -> str:
         return f" of {dense[key] / 1e6:,.1f}" if dense else ""
 
+    size = f"{found['bytes'] / 1e6:,.1f} MB" if found["files"] else "bytes unknown"
     lines = [
         f"{found['name']}: {found['architecture']} ({found['model_type']}), {role_in_words(found)}",
-        f"  {len(found['layers'])} layers; {found['parameters'] / 1e6:,.1f}{of('parameters')} M parameters; "
-        f"{found['bytes'] / 1e6:,.1f} MB",
+        f"  {len(found['layers'])} layers; {found['parameters'] / 1e6:,.1f}{of('parameters')} M parameters; {size}",
         f"  {found['macs'] / 1e6:,.1f}{of('macs')} M MACs at {tokens(found['sequence_length'])}: "
         f"attention {found['attention_macs'] / 1e6:,.1f}, feed-forward {found['ffn_macs'] / 1e6:,.1f}",
     ]
