@@ -124,6 +124,9 @@ def test_report_contract(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "pruned" not in dense_only
     assert "ratio" not in dense_only
     text = (tmp_path / "output/tiny/sst2.txt").read_text()
+    page = (tmp_path / "output/tiny/sst2.html").read_text()
+    assert "What each layer kept" in page
+    assert "3 runs in all" in page
     shown = capsys.readouterr().out
     for line in ("accuracy", "MACs", "parameters", "file size", "latency", "attention error"):
         assert line in text

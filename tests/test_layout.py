@@ -16,6 +16,7 @@ RANKS = {
     "errors": 0,
     "architectures": 1,
     "utils": 2,
+    "pictures": 3,
     "dataset": 3,
     "efficiency": 3,
     "export": 3,

@@ -14,6 +14,7 @@ COMMANDS = {
     "export": "write a model as an ONNX file, checked in ONNX Runtime",
     "latency": "time models side by side, in one or several runtimes",
     "push": "send a finished checkpoint to the Hugging Face hub",
+    "inspect": "sizes, MACs and bytes of a checkpoint, layer by layer, without loading its weights",
 }
 """What each command does; ``shrinkformer <command> --help`` lists its flags."""
 

@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.efficiency.rounding import Rounding
+from shrinkformer.pictures.run_page import report_page
 from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.quantize.config import Quantized
-from shrinkformer.utils.files import append_atomically
+from shrinkformer.utils.files import append_atomically, write_atomically
 
 SCHEMA = 1
 
@@ -75,6 +78,7 @@ class Run:
     quantization: Quantized | None = None
     target_ratio: float | None = None
     rounding: Rounding | None = None
+    dense_layers: tuple[LayerSize, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that other programs read; design and README list its fields."""
@@ -101,6 +105,7 @@ class Run:
                 "sequence_length": self.plan.sequence_length,
                 "budget": self.plan.budget,
                 "layers": _plan_rows(self.plan),
+                "dense_layers": [kept_sizes(size) for size in self.dense_layers],
                 **({"held_out_divergence": self.plan.divergences} if self.plan.divergences else {}),
             }
         if self.quantized is not None and self.quantization is not None:
@@ -240,12 +245,16 @@ def versions() -> dict[str, str]:
 
 
 def write_report(run: Run, stem: Path) -> Path:
-    """Append a run to ``<stem>.txt`` and to the ``<stem>.jsonl`` beside it.
+    """Append a run to ``<stem>.txt`` and to the ``<stem>.jsonl`` beside it, and draw all runs in ``<stem>.html``.
 
     Returns:
         The path of the text file.
     """
-    append_atomically(stem.with_name(f"{stem.name}.jsonl"), json.dumps(run.to_dict()) + "\n")
+    records = stem.with_name(f"{stem.name}.jsonl")
+    append_atomically(records, json.dumps(run.to_dict()) + "\n")
     path = stem.with_name(f"{stem.name}.txt")
     append_atomically(path, run.table() + "\n\n")
+    page = report_page(records.read_text(encoding="utf-8").splitlines())
+    if page is not None:
+        write_atomically(stem.with_name(f"{stem.name}.html"), page)
     return path

@@ -186,6 +186,7 @@ class Session:
             seconds=seconds | {"total": sum(seconds.values())},
             peak_memory_bytes=peak_memory_bytes(job.device),
             rounding=self.rounding,
+            dense_layers=layer_sizes(layer_views(self.model)),
             **found,
         )
 

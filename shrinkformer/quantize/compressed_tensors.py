@@ -229,4 +229,5 @@ COMPRESSED_TENSORS = Format(
     tensors=_tensors,
     config=_config,
     unpack=_unpack,
+    bits=lambda name, _shapes, config: _scheme(name, config).bits,
 )

@@ -165,6 +165,13 @@ def _unpack(name: str, tensors: Tensors, config: Mapping[str, Any]) -> Stored:
     return Stored(codes, scale.T, zero.T, group, scheme)
 
 
+def _bits(name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> int:
+    """Each layer may have bits of its own, which only the shapes of its tensors tell."""
+    rows, inputs = shapes[f"{name}.qweight"], shapes.get(f"{name}.g_idx")
+    counted = rows[0] * WORD // inputs[0] if rows and inputs and inputs[0] else config.get("bits")
+    return scheme_of(name, counted, WHOLE_ROW, True).bits
+
+
 def _inputs(name: str, tensors: Tensors, rows: int, config: Mapping[str, Any]) -> int:
     """Inputs of a layer: ``g_idx`` has one entry for each, and old files without it have the bits of config.json."""
     if f"{name}.g_idx" in tensors:
@@ -185,4 +192,5 @@ GPTQ = Format(
     config=_config,
     unpack=_unpack,
     config_file="quantize_config.json",
+    bits=_bits,
 )

@@ -75,6 +75,7 @@ class Format:
             config.json, None where there is none.
         unpack: ``(name, tensors, config)``; the inverse of ``tensors``, also for files of others.
         config_file: A file that holds the configuration once more, or "".
+        bits: ``(name, shapes of all tensors of a file, config)``; bits of a module's codes, 0 where it has none.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Format:
     config: Callable[[Mapping[str, Scheme], Sequence[str]], dict[str, Any] | None]
     unpack: Callable[[str, Tensors, Mapping[str, Any]], Stored]
     config_file: str = ""
+    bits: Callable[[str, Mapping[str, tuple[int, ...]], Mapping[str, Any]], int] = lambda _name, _shapes, _config: 0
 
     def read(self, name: str, tensors: Tensors, config: Mapping[str, Any]) -> QuantizedWeight:
         """The weight of a module, from what ``tensors`` and ``config`` returned.

@@ -104,7 +104,7 @@ def _open_shards(folder: Path, stack: ExitStack) -> dict[str, Any]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
         raise CheckpointError(f"{folder} has no {SAFE_WEIGHTS_NAME} and no index of shards; pass a model's folder.")
-    places = _weight_map(index) if index.is_file() else {}
+    places = weight_map(index) if index.is_file() else {}
     files: dict[str, Any] = {}
     for shard in sorted(set(places.values())) or [SAFE_WEIGHTS_NAME]:
         try:
@@ -118,8 +118,12 @@ def _open_shards(folder: Path, stack: ExitStack) -> dict[str, Any]:
     return files
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """File by tensor, from the index of a folder; files lie in the folder itself."""
+def weight_map(index: Path) -> dict[str, str]:
+    """File by tensor, from the index of a folder; files lie in the folder itself.
+
+    Raises:
+        CheckpointError: The index is damaged, or names a file elsewhere.
+    """
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = {str(name): str(shard) for name, shard in places.items()}

@@ -1,0 +1,1 @@
+"""Charts of runs and checkpoints, as HTML pages with inline SVG and as PNG."""

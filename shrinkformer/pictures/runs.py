@@ -1,0 +1,194 @@
+"""Runs as a report file has them, read with care: lines may be older, or from other programs."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shrinkformer.pictures.charts import DENSE, NOTHING, PRUNED, QUANTIZED, shown
+
+_LARGEST = 1e30
+"""What no figure of a model reaches; beyond it, scales of charts would overflow."""
+
+MODELS = (DENSE, PRUNED, QUANTIZED)
+"""Sections of a record, in the order in which a run makes the models."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of one model; what a record does not say is not a number.
+
+    Attributes:
+        metrics: By name.
+        errors: Standard errors by name of the metric.
+        macs: Multiply-accumulate operations for one input.
+        parameters: Number of weights.
+        bytes: Of the weight file.
+        latency_ms: Milliseconds by shape.
+    """
+
+    metrics: dict[str, float]
+    errors: dict[str, float]
+    macs: float
+    parameters: float
+    bytes: float
+    latency_ms: dict[str, float]
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> "Figures":
+        """Those of one section of a record."""
+        metrics = numbers(section.get("metrics"))
+        return cls(
+            {name: value for name, value in metrics.items() if not name.endswith("_stderr")},
+            {name.removesuffix("_stderr"): value for name, value in metrics.items() if name.endswith("_stderr")},
+            number(section.get("macs")),
+            number(section.get("parameters")),
+            number(section.get("bytes")),
+            numbers(section.get("latency_ms")),
+        )
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One line of a report.
+
+    Attributes:
+        fields: All of it.
+        models: Figures by ``dense``, ``pruned``, ``quantized``; the first is always there.
+        layers: What each block keeps, and its errors; empty where nothing was pruned.
+        dense_layers: Sizes of each block before pruning; empty where the record is too old to say.
+        quantized_layers: One entry for each quantized linear layer.
+    """
+
+    fields: dict[str, Any]
+    models: dict[str, Figures]
+    layers: list[dict[str, Any]]
+    dense_layers: list[dict[str, Any]]
+    quantized_layers: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, fields: Any) -> "RunRecord | None":
+        """A record from JSON, or None if it is not one of a run."""
+        if not isinstance(fields, dict) or not isinstance(fields.get(DENSE), dict):
+            return None
+        models = {name: Figures.of(fields[name]) for name in MODELS if isinstance(fields.get(name), dict)}
+        return cls(
+            fields, models, *(_rows(fields.get(name)) for name in ("layers", "dense_layers", "quantized_layers"))
+        )
+
+    @property
+    def last(self) -> Figures:
+        """Figures of the smallest model."""
+        return list(self.models.values())[-1]
+
+    @property
+    def last_role(self) -> str:
+        """Which one that is."""
+        return list(self.models)[-1]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics; a figure that is there under two names is named once."""
+        found = self.models[DENSE].metrics
+        twins = any(name.startswith("perplexity_") for name in found)  # "perplexity" is that of the task once more
+        return [name for name in found if not (name == "perplexity" and twins)]
+
+    def word(self, name: str) -> str:
+        """A field as text, "" where there is none."""
+        value = self.fields.get(name)
+        return "" if value is None else str(value)
+
+    @property
+    def moment(self) -> str:
+        """When it ended."""
+        return self.word("time").replace("T", " ").replace("+00:00", " UTC")
+
+    @property
+    def bits(self) -> str:
+        """Bits of a code, in words; "" where nothing was quantized."""
+        if QUANTIZED not in self.models:
+            return ""
+        found = sorted({int(bits) for row in self.quantized_layers if math.isfinite(bits := number(row.get("bits")))})
+        if not found:
+            return f"{self.fields[QUANTIZED].get('bits')} bits"
+        return f"{found[0]} bits" if len(found) == 1 else f"{found[0]} to {found[-1]} bits"
+
+    @property
+    def how(self) -> str:
+        """Method and bits: runs with the same text belong to one line of a chart."""
+        names = [self.word("method")] if PRUNED in self.models else []
+        if QUANTIZED in self.models:
+            names.append(f"{self.bits} by {self.fields[QUANTIZED].get('quantizer', '?')}")
+        return ", ".join(names) or DENSE
+
+    @property
+    def summary(self) -> str:
+        """The run in one line."""
+        mu = shown(number(self.fields.get("mu")), ".4g")
+        metrics = ", ".join(f"{name} {with_error(self.last, name)}" for name in self.metrics)
+        macs = share(self.last.macs, self.models[DENSE].macs)
+        return f"{self.moment}  {self.how}, mu {mu}: {metrics}; {macs} of the MACs"
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What was asked for; of runs with the same settings the newest counts."""
+        names = ("task_name", "method", "mu", "target_ratio", "budget", "seed", "sample_batch_size")
+        return (
+            self.how,
+            *(self.word(name) for name in names),
+            str((self.fields.get(QUANTIZED) or {}).get("group_size")),
+        )
+
+
+def read_runs(lines: Iterable[str]) -> tuple[list[RunRecord], int]:
+    """The runs of a report, oldest first, and how many lines are none."""
+    runs: list[RunRecord] = []
+    unread = 0
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            run = RunRecord.of(json.loads(line))
+        except (ValueError, RecursionError):
+            run = None
+        if run is None:
+            unread += 1
+        else:
+            runs.append(run)
+    return runs, unread
+
+
+def number(value: Any) -> float:
+    """A figure of a record; not a number where there is none that could be drawn."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return NOTHING
+    try:
+        return float(value) if abs(value) < _LARGEST else NOTHING
+    except OverflowError:
+        return NOTHING
+
+
+def form_of(value: float) -> str:
+    """How a metric is written: four decimals for shares, two for perplexities and percentages."""
+    return ".4f" if not math.isfinite(value) or abs(value) < 2 else ".2f"
+
+
+def share(value: float, whole: float) -> str:
+    """A fraction in percent."""
+    return f"{100 * value / whole:.1f} %" if whole and math.isfinite(value / whole) else "n/a"
+
+
+def with_error(figures: Figures, metric: str) -> str:
+    """A metric with its standard error."""
+    value, error = figures.metrics.get(metric, NOTHING), figures.errors.get(metric, NOTHING)
+    return shown(value, form_of(value)) + (f" ± {shown(error, form_of(value))}" if math.isfinite(error) else "")
+
+
+def numbers(section: Any) -> dict[str, float]:
+    """Figures by name."""
+    return {str(name): number(value) for name, value in section.items()} if isinstance(section, dict) else {}
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
