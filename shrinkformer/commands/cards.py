@@ -5,8 +5,10 @@ from shrinkformer.prune.sites import EMBEDDINGS, POSITIONS
 from shrinkformer.quantize.config import Quantized
 
 
-def model_card(run_title: str, plan: Plan, source: str) -> str:
-    """README.md of a pruned checkpoint."""
+def model_card(run_title: str, plan: Plan, source: str, *, stock: bool = False) -> str:
+    """README.md of a pruned checkpoint; ``stock``: it needs no code but that of transformers."""
+    trust = "" if stock else ", trust_remote_code=True"
+    brought = "the blocks have the shape of stock classes" if stock else "the folder brings its own classes"
     rows = "\n".join(
         f"| {index} | {heads} | {neurons} |"
         for index, (heads, neurons) in enumerate(zip(plan.heads, plan.neurons, strict=True))
@@ -24,8 +26,8 @@ tags: [shrinkformer, pruned]
 import shrinkformer                                # pip install shrinkformer
 model = shrinkformer.load("path/to/this/folder")
 
-from transformers import AutoModel                 # or without it: the folder brings its own classes
-model = AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)
+from transformers import AutoModel                 # or without it: {brought}
+model = AutoModel.from_pretrained("path/to/this/folder"{trust})
 ```
 
 | layer | heads | neurons |
@@ -41,11 +43,13 @@ _LOADING = {
 }
 
 
-def quantized_card(title: str, found: Quantized, plan: Plan | None, source: str, kind: str) -> str:
-    """README.md of a quantized checkpoint."""
+def quantized_card(
+    title: str, found: Quantized, plan: Plan | None, source: str, kind: str, *, stock: bool = False
+) -> str:
+    """README.md of a quantized checkpoint; ``stock``: it needs no code of ours."""
     config = found.config
     pruned = "" if plan is None else f" after pruning to {plan.ratio:.4f} of its MACs (method `{plan.method}`)"
-    trust = "" if plan is None else ", trust_remote_code=True"
+    trust = "" if plan is None or stock else ", trust_remote_code=True"
     if kind == "onnx":
         loading = 'import onnxruntime\nsession = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")'
     else:

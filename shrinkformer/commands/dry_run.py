@@ -16,6 +16,7 @@ from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.curves import POINTS
 from shrinkformer.prune.damage import FEW_TOKENS
 from shrinkformer.prune.regression import RIDGES
+from shrinkformer.prune.stock import describe_limits
 from shrinkformer.prune.stream import count_tokens
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def describe(
         f"{parameters / 1e6:.1f} M parameters",
         f"method {options.method}, {inputs:,} calibration inputs, {tokens:,} tokens",
     ]
+    if options.uniform:
+        lines.append(f"--uniform: {describe_limits(views[0].architecture, source.config)}")
     for budget in budgets:
         costs = CostModel.of(views, budget)
         even = allocate_uniformly(costs)

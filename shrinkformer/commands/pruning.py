@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from shrinkformer.commands.cards import model_card
 from shrinkformer.commands.locate import load_model
@@ -20,6 +20,7 @@ from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.result import timed
+from shrinkformer.prune.stock import is_stock
 from shrinkformer.prune.streamed import prune_to_folder
 from shrinkformer.utils.inputs import accepted_inputs
 
@@ -62,7 +63,7 @@ def _prune_in_memory(
         cast_weights(result.model, job.source.dtype)
         if job.workers.is_main:
             title = f"{job.source.name} for {job.task_name} at {budget.mu:g} of its MACs"
-            card = model_card(title, result.plan, job.source.name)
+            card = model_card(title, result.plan, job.source.name, stock=is_stock(result.model.config))
             source = Path(job.source.location)
             save(result.model, folder, plan=result.plan, tokenizer=job.tokenizer, card=card, extras_from=source)
         cast_weights(result.model, job.dtype)
@@ -121,7 +122,8 @@ def _prune_lazily(
     job.workers.barrier()
     if job.workers.is_main:
         title = f"{job.source.name} for {job.task_name} at {budget.mu:g} of its MACs"
-        (folder / "README.md").write_text(model_card(title, plan, job.source.name))
+        stock = is_stock(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        (folder / "README.md").write_text(model_card(title, plan, job.source.name, stock=stock))
     job.say(f"saved to {folder}")
     with timed(seconds, "evaluation"):
         saved = replace(job.source, location=str(folder))

@@ -25,6 +25,7 @@ from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.statistics import Progress
+from shrinkformer.prune.stock import is_stock
 from shrinkformer.quantize.checkpoint import ONNX, load, save
 from shrinkformer.quantize.config import Quantized
 from shrinkformer.quantize.onnx_export import onnx_is_installed
@@ -148,7 +149,8 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
         seconds |= found.seconds
         _clear(store, job)
         if job.workers.is_main:
-            (folder / "README.md").write_text(_card(job, found, plan, kind))
+            own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            (folder / "README.md").write_text(_card(job, found, plan, kind, stock=is_stock(own)))
         job.say(f"saved to {folder}")
         with timed(seconds, "evaluation"):
             saved = replace(job.source, location=str(decoded), config=AutoConfig.from_pretrained(decoded))
@@ -187,9 +189,9 @@ def quantizing_progress(job: Job) -> Progress:
     return block_progress("quantizing") if job.workers.is_main else iter
 
 
-def _card(job: Job, found: Quantized, plan: Plan | None, kind: str) -> str:
+def _card(job: Job, found: Quantized, plan: Plan | None, kind: str, *, stock: bool) -> str:
     title = f"{job.source.name} for {job.task_name} in {found.config.amount}"
-    return quantized_card(title, found, plan, job.source.name, kind)
+    return quantized_card(title, found, plan, job.source.name, kind, stock=stock)
 
 
 def _prune(session: Session, budget: Budget, seconds: dict[str, float]) -> tuple[Pruned | None, Measured | None]:
@@ -230,7 +232,7 @@ def save_formats(
                 dtype=job.source.dtype,
                 plan=plan,
                 tokenizer=job.tokenizer,
-                card=_card(job, found, plan, kind),
+                card=_card(job, found, plan, kind, stock=is_stock(model.config)),
                 extras_from=Path(job.source.location),
                 example=example,
                 tied_once=found.config.bits_of is not None,

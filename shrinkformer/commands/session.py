@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from shrinkformer.architectures import layer_views
+from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.commands.console import block_progress, say
 from shrinkformer.commands.dry_run import describe
 from shrinkformer.commands.locate import Source, empty_model, load_model
@@ -30,6 +30,7 @@ from shrinkformer.prune.result import timed
 from shrinkformer.prune.resume import BlockFiles, BlockStore, fingerprint
 from shrinkformer.prune.shrink import ShrinkConfig
 from shrinkformer.prune.statistics import Batches
+from shrinkformer.prune.stock import describe_limits
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.utils.parallel import Workers
 
@@ -166,7 +167,15 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
         InputError: The model does not fit into memory, and has to.
     """
     budgets = [
-        Budget(mu, job.sequence_length, options.round_to, options.min_heads, options.min_neurons) for mu in options.mu
+        Budget(
+            mu,
+            job.sequence_length,
+            options.round_to,
+            options.min_heads,
+            options.min_neurons,
+            uniform=options.uniform and mu < 1,
+        )
+        for mu in options.mu
     ]
     if job.source.quantized and options.calibrates:
         raise InputError(
@@ -195,8 +204,12 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
     if options.dry_run:
         job.say(describe(job, shapes, budgets, options, footprint=footprint, limit=limit))
         return
-    for budget in budgets if options.budget == "macs" else ():  # time is not known yet
-        require_feasible(CostModel.of(layer_views(shapes), budget))
+    for budget in budgets:
+        costs = CostModel.of(layer_views(shapes), budget)
+        if options.budget == "macs":  # time is not known yet
+            require_feasible(costs)
+    if any(budget.uniform for budget in budgets):
+        job.say(f"--uniform: {describe_limits(find_architecture(shapes.config.model_type), shapes.config)}")
     session = _start(job, options, seconds, lazily=lazily, limit=limit)
     job.say(f"evaluating the dense model on {job.task_name}")
     location = Path(job.source.location)
