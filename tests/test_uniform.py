@@ -23,10 +23,11 @@ from shrinkformer.errors import InputError
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.budget import Budget, CostModel, Counts, layer_sizes
 from shrinkformer.prune.checkpoint import describe_sizes, save
+from shrinkformer.prune.latency_table import LatencyCosts, LatencyTable
 from shrinkformer.prune.plan import Plan
-from shrinkformer.prune.pruner import calibrate, prune_model
+from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.result import Pruned
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink import ShrinkConfig, learn
 from shrinkformer.prune.stock import stock_values
 from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.prune.uniform import Losses, allocate_alike, uniform_counts
@@ -265,13 +266,20 @@ class TestShrink:
         assert result.plan.uniform["free_divergence"] <= result.plan.uniform["divergence"]
 
     def test_a_budget_of_time(self) -> None:
-        config = ShrinkConfig(search_seconds=0, latency_shape=(2, 8))
-        model = build_model("mistral", num_hidden_layers=2)
-        calibrated = calibrate(model, BATCHES, config=config)
-        result = calibrated.prune(Budget(0.95, 9.0, uniform=True))
-        assert len(set(layer_sizes(layer_views(result.model)))) == 1
-        with pytest.raises(InputError, match="cannot be met with --uniform"):
-            calibrated.prune(Budget(1e-6, 9.0, uniform=True))
+        """With a table where a head takes a millisecond, and a neuron a hundredth of one."""
+        table = LatencyTable((1, 4), (8,), (8,), np.array([[[1.0]], [[4.0]]]), (1, 65), np.array([0.0, 0.64]))
+        sizes = layer_sizes(layer_views(build_model("mistral", **WIDER)))
+        found = uniform_counts(
+            LatencyCosts(sizes, 64, Budget(0.5, 9.0, uniform=True), False, (1, 2, 3, 4), table=table)
+        )
+        assert found == [Counts((1, 1), (64, 64)), Counts((2, 2), (32, 32))]  # 2 x 2.315 of 2 x 4.63 milliseconds
+        learnt = learn(build_model("mistral", **WIDER), BATCHES, ShrinkConfig(search_seconds=0))
+        timed = replace(learnt, latency=table)
+        assert set(layer_sizes(layer_views(timed.prune(Budget(0.5, 9.0, uniform=True)).model))) < {
+            replace(sizes[0], heads=counts.heads[0], neurons=counts.neurons[0]) for counts in found
+        }
+        with pytest.raises(InputError, match=r"cannot be met with --uniform.*the smallest --mu that can is 0\.2160"):
+            timed.prune(Budget(0.2, 9.0, uniform=True))
 
 
 class TestPrunedBefore:
