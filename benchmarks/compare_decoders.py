@@ -46,6 +46,7 @@ class Comparison:
         key: What tells this comparison from others in the same file.
         results: Where the points go.
         look_at: What is recorded of every pruned model beside its perplexities.
+        uniform: All blocks get the same sizes; points are filed under the method's name and this.
     """
 
     model: PreTrainedModel
@@ -54,6 +55,11 @@ class Comparison:
     key: Record
     results: Results
     look_at: Callable[[Pruned], Record]
+    uniform: bool = False
+
+    def label(self, method: str) -> str:
+        """Of a method, in the file of points and in tables."""
+        return f"{method}, uniform" if self.uniform else method
 
     def measure(self, model: PreTrainedModel) -> Record:
         """Perplexity and divergence by corpus."""
@@ -90,13 +96,13 @@ class Comparison:
             mus: Budgets.
             calibration: Windows of token ids, ``(windows, length)``.
         """
-        keys = {mu: {**self.key, "method": method, "mu": mu, "seed": seed} for mu in mus}
+        keys = {mu: {**self.key, "method": self.label(method), "mu": mu, "seed": seed} for mu in mus}
         missing = [mu for mu in mus if not self.results.has(keys[mu])]
         if not missing:
             return
         calibrated = calibrate(self.model, as_batches(calibration, self.batch_size), method=method, seed=seed)
         for mu in missing:
-            pruned = calibrated.prune(Budget(mu, calibration.shape[1]))
+            pruned = calibrated.prune(Budget(mu, calibration.shape[1], uniform=self.uniform))
             found = {"macs": pruned.plan.ratio, **self.measure(pruned.model), **self.look_at(pruned)}
             self.results.add(keys[mu], found)
 
@@ -112,7 +118,7 @@ class Comparison:
     ) -> str:
         rows = [row for row in self.results.rows if self.key.items() <= row.items()]
         lines = ["| method | mu | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-        points = [("dense", 1.0), *((method, mu) for method in methods for mu in mus)]
+        points = [("dense", 1.0), *((self.label(method), mu) for method in methods for mu in mus)]
         for method, mu in points:
             found = [row for row in rows if (row["method"], row["mu"]) == (method, mu)]
             found = [row for row in found if row.get("seed") in (None, *seeds)]  # the dense model has none
@@ -134,6 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, mu: Sequence[float], outpu
     parser.add_argument("--methods", nargs="+", default=list(METHOD_NAMES), choices=list(METHOD_NAMES))
     parser.add_argument("--sample_batch_size", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--uniform", action="store_true", help="all blocks get the same sizes")
     parser.add_argument("--output", type=Path, default=Path("output") / output)
 
 
@@ -174,7 +181,7 @@ def prepare(options: argparse.Namespace) -> tuple[Comparison, DecoderOptions, An
         "length": length,
     }
     results = Results.read(options.output)
-    return Comparison(model, evaluation, settings.batch_size, key, results, sizes), settings, tokenizer
+    return Comparison(model, evaluation, settings.batch_size, key, results, sizes, options.uniform), settings, tokenizer
 
 
 def main() -> None:

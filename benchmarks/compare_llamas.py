@@ -125,7 +125,7 @@ def compare(folder: str, options: argparse.Namespace, results: Results) -> None:
         same = check_cache(pruned.model, evaluation[:8, :16])
         return {"groups": pruned.plan.heads, "neurons": pruned.plan.neurons, "whole_groups": whole, "cache": same}
 
-    comparison = Comparison(model, {CORPUS: evaluation}, options.batch_size, key, results, look_at)
+    comparison = Comparison(model, {CORPUS: evaluation}, options.batch_size, key, results, look_at, options.uniform)
     comparison.run_dense()
     for seed in options.seeds:
         calibration = write_text(model, options.sample_batch_size, seed)

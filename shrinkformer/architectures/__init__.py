@@ -7,7 +7,7 @@ its kind and its ``model_type`` to the shared test in ``tests/test_architectures
 from shrinkformer.architectures.decoders import DECODERS
 from shrinkformer.architectures.encoders import ENCODERS
 from shrinkformer.architectures.projection import Projection
-from shrinkformer.architectures.record import Architecture, AttentionRecord, FeedForwardRecord
+from shrinkformer.architectures.record import Architecture, AttentionRecord, FeedForwardRecord, StockRecord
 from shrinkformer.architectures.views import ARCHITECTURES, LayerView, find_architecture, layer_views, unit_columns
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "FeedForwardRecord",
     "LayerView",
     "Projection",
+    "StockRecord",
     "find_architecture",
     "layer_views",
     "unit_columns",

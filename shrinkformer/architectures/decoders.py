@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from shrinkformer.architectures.record import Architecture, AttentionRecord, FeedForwardRecord
+from shrinkformer.architectures.record import Architecture, AttentionRecord, FeedForwardRecord, StockRecord
 
 _OPT = Architecture(
     model_type="opt",
@@ -79,6 +79,9 @@ _LLAMA = Architecture(
     ),
     feed_forward=FeedForwardRecord(inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj"),
     heads_key="num_key_value_heads",
+    stock=StockRecord(
+        head_size_key="head_dim", query_heads_key="num_attention_heads", heads_divide_hidden=True
+    ),  # LlamaConfig.validate_architecture
 )
 
 _PHI = replace(
@@ -87,14 +90,20 @@ _PHI = replace(
     final_norm="final_layernorm",
     attention=replace(_LLAMA.attention, output="self_attn.dense"),
     feed_forward=FeedForwardRecord(inputs=("mlp.fc1",), output="mlp.fc2"),
+    # Norms of queries and keys are as wide as the hidden size over the number of heads.
+    stock=replace(_LLAMA.stock, heads_divide_hidden=False, heads_fixed_by=("qk_layernorm",)),
 )
 
-_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
+_LIKE_LLAMA = ("mistral", "qwen2", "qwen3")
 
 DECODERS: dict[str, Architecture] = {
     "opt": _OPT,
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
     "phi": _PHI,
-    **{name: replace(_LLAMA, model_type=name) for name in _LIKE_LLAMA},
+    "llama": _LLAMA,
+    **{
+        name: replace(_LLAMA, model_type=name, stock=replace(_LLAMA.stock, heads_divide_hidden=False))
+        for name in _LIKE_LLAMA
+    },
 }

@@ -61,6 +61,24 @@ class FeedForwardRecord:
 
 
 @dataclass(frozen=True)
+class StockRecord:
+    """What a configuration of transformers can say of blocks that are all alike, beside their number of neurons.
+
+    Attributes:
+        head_size_key: Name of the size of a head in ``config``. "" where stock code divides the hidden size by the
+            number of heads, so that no heads can be missing.
+        query_heads_key: Name of the number of query heads, where ``heads_key`` counts keys and values; "" otherwise.
+        heads_divide_hidden: Configurations whose number of query heads does not divide the hidden size are refused.
+        heads_fixed_by: Names of switches in ``config`` under which stock code divides all the same.
+    """
+
+    head_size_key: str = ""
+    query_heads_key: str = ""
+    heads_divide_hidden: bool = False
+    heads_fixed_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Everything the pruner needs to know about one ``config.model_type``.
 
@@ -76,6 +94,7 @@ class Architecture:
             block to block; otherwise every block hands on states of one size.
         final_norm: Path of the norm behind the last block, relative to the base model; "" where there is none.
         positions_follow_padding: Position ids start behind the padding id, so that many positions cannot be used.
+        stock: What stock classes can be told of smaller blocks without a size for each of them.
     """
 
     model_type: str
@@ -87,6 +106,7 @@ class Architecture:
     pre_norm: bool = False
     final_norm: str = ""
     positions_follow_padding: bool = False
+    stock: StockRecord = StockRecord()
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON, for the checkpoint: its loader must not depend on this package."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shrinkformer.architectures.decoders import DECODERS
 from shrinkformer.architectures.encoders import ENCODERS
@@ -52,6 +52,13 @@ class LayerView:
                 "prune a float checkpoint, before any quantization."
             )
         return projection
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the model; every attention module refers to it."""
+        config = self.block.get_submodule(self.architecture.attention.module).config
+        assert isinstance(config, PreTrainedConfig)
+        return config
 
     @property
     def attention_output(self) -> Projection:

@@ -16,6 +16,7 @@ from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.curves import POINTS
 from shrinkformer.prune.damage import FEW_TOKENS
 from shrinkformer.prune.regression import RIDGES
+from shrinkformer.prune.stock import describe_limits
 from shrinkformer.prune.stream import count_tokens
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def describe(
     ]
     if options.round_to is None:
         lines.append("round to auto: is measured when the run begins; sizes below are not rounded")
+    if options.uniform:
+        lines.append(f"--uniform: {describe_limits(views[0].architecture, source.config)}")
     for budget in budgets:
         costs = CostModel.of(views, budget)
         even = allocate_uniformly(costs)

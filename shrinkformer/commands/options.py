@@ -60,6 +60,9 @@ class PruneOptions:
     search_seconds: float = option(
         120.0, "method shrink: the search for a better plan stops after so long, for each budget; 0: no search"
     )
+    uniform: bool = option(
+        False, "all blocks keep as many heads and neurons, so that the result has the shape of a stock model"
+    )
     budget: str = option("macs", f"what --mu is a fraction of: {', '.join(BUDGETS)} (method shrink, on this machine)")
     latency_shape: tuple[int, ...] = option((8, 128), "examples and tokens of the input to time", nargs=2)
     seed: int = option(0, "seed of the calibration sample")
@@ -148,7 +151,7 @@ class PruneOptions:
         require_onnx(f"--export {self.export}")
 
     def __post_init__(self) -> None:
-        require_method(self.method)
+        require_method(self.method, uniform=self.uniform)
         self._check_flags_of_shrink()
         length = 1.0 if self.mac_length is None else self.mac_length  # the mean length is not known yet
         round_to = 1 if self.round_to is None else self.round_to

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from shrinkformer.commands.exporting import ONNXRUNTIME, describe_onnx, time_onnx, write_onnx
 from shrinkformer.commands.locate import load_model
@@ -21,6 +21,7 @@ from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.result import timed
+from shrinkformer.prune.stock import is_stock
 from shrinkformer.prune.streamed import prune_to_folder
 from shrinkformer.utils.files import write_atomically
 from shrinkformer.utils.inputs import accepted_inputs
@@ -70,7 +71,7 @@ def _prune_in_memory(
                 folder,
                 plan=result.plan,
                 tokenizer=job.tokenizer,
-                card=session.card(folder, f"at {budget.mu:g} of its MACs", plan=result.plan),
+                card=_card(session, folder, result.plan, custom=not is_stock(result.model.config)),
                 extras_from=session.side_folder,
                 sentence_encoder=job.sentence_encoder,
             )
@@ -91,6 +92,10 @@ def _prune_in_memory(
     dense = replace(session.dense, latency_ms=latency["dense"], runtimes=runtimes.get("dense", {}))
     pruned = replace(pruned, latency_ms=latency["pruned"], runtimes=runtimes.get("pruned", {}))
     return dense, pruned, result.plan
+
+
+def _card(session: Session, folder: Path, plan: Plan, *, custom: bool) -> str:
+    return session.card(folder, f"at {plan.mu:g} of its MACs", plan=plan, custom=custom)
 
 
 def _export(
@@ -146,8 +151,8 @@ def _prune_lazily(
     seconds |= spent
     job.workers.barrier()
     if job.workers.is_main:
-        card = session.card(folder, f"at {budget.mu:g} of its MACs", plan=plan)
-        write_atomically(folder / "README.md", card)
+        custom = not is_stock(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        write_atomically(folder / "README.md", _card(session, folder, plan, custom=custom))
     job.say(f"saved to {folder}")
     with timed(seconds, "evaluation"):
         saved = replace(job.source, location=str(folder))

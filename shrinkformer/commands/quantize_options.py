@@ -33,6 +33,7 @@ class QuantizeFlags:
             "layers": "chooses which layers are quantized",
             "also": "chooses whether embeddings and head are quantized",
             "method": "prunes by method shrink",
+            "uniform": "chooses the sizes of every block",
             "resume": "begins with a search that cannot be taken up",
         }
     }

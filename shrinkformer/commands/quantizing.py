@@ -20,11 +20,12 @@ from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.errors import CheckpointError
 from shrinkformer.export.runtime import require_onnx
 from shrinkformer.prune.budget import Budget
-from shrinkformer.prune.checkpoint import describe_sizes, is_pruned
+from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.statistics import Progress
+from shrinkformer.prune.stock import is_stock
 from shrinkformer.quantize.checkpoint import ONNX, load, save
 from shrinkformer.quantize.config import Quantized
 from shrinkformer.quantize.outside import require_outside
@@ -147,8 +148,8 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
         seconds |= found.seconds
         _clear(store, job)
         if job.workers.is_main:
-            pruned_before = plan is not None or job.source.pruned
-            write_atomically(folder / "README.md", _card(session, folder, found, plan, kind, custom=pruned_before))
+            custom = not is_stock(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+            write_atomically(folder / "README.md", _card(session, folder, found, plan, kind, custom=custom))
         job.say(f"saved to {folder}")
         with timed(seconds, "evaluation"):
             saved = replace(job.source, location=str(decoded), config=AutoConfig.from_pretrained(decoded))
@@ -230,7 +231,7 @@ def save_formats(
                 dtype=job.source.dtype,
                 plan=plan,
                 tokenizer=job.tokenizer,
-                card=_card(session, folder, found, plan, kind, custom=is_pruned(model)),
+                card=_card(session, folder, found, plan, kind, custom=not is_stock(model.config)),
                 extras_from=session.side_folder,
                 sentence_encoder=job.sentence_encoder,
                 example=example,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from shrinkformer.architectures import layer_views
+from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.commands.card_metadata import inherited, side_folder
 from shrinkformer.commands.cards import Card
 from shrinkformer.commands.console import block_progress, say
@@ -36,6 +36,7 @@ from shrinkformer.prune.result import timed
 from shrinkformer.prune.resume import BlockFiles, BlockStore, fingerprint
 from shrinkformer.prune.shrink import ShrinkConfig
 from shrinkformer.prune.statistics import Batches
+from shrinkformer.prune.stock import describe_limits
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.utils.parallel import Workers
 
@@ -233,12 +234,17 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
     rounding = _measured_rounding(job, options, shapes)
     round_to = options.round_to if rounding is None else rounding.multiple
     round_to = 1 if round_to is None else round_to
-    budgets = [Budget(mu, job.sequence_length, round_to, options.min_heads, options.min_neurons) for mu in options.mu]
+    limits = Budget(1.0, job.sequence_length, round_to, options.min_heads, options.min_neurons)
+    budgets = [replace(limits, mu=mu, uniform=options.uniform and mu < 1) for mu in options.mu]
     if options.dry_run:
         job.say(describe(job, shapes, budgets, options, footprint=footprint, limit=limit))
         return
-    for budget in budgets if options.budget == "macs" else ():  # time is not known yet
-        require_feasible(CostModel.of(layer_views(shapes), budget))
+    for budget in budgets:
+        costs = CostModel.of(layer_views(shapes), budget)
+        if options.budget == "macs":  # time is not known yet
+            require_feasible(costs)
+    if any(budget.uniform for budget in budgets):
+        job.say(f"--uniform: {describe_limits(find_architecture(shapes.config.model_type), shapes.config)}")
     session = _start(job, options, seconds, lazily=lazily, limit=limit)
     session.rounding = rounding
     job.say(f"evaluating the dense model on {job.task_name}")

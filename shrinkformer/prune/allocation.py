@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from shrinkformer.errors import BudgetError, InputError
 from shrinkformer.prune.budget import CostModel, Counts
+from shrinkformer.prune.uniform import uniform_counts
 
 Scores = Sequence[NDArray[np.float64]]
 
@@ -57,7 +58,7 @@ def require_feasible(costs: CostModel) -> None:
 
     Raises:
         BudgetError: It does not.
-        InputError: ``round_to`` is more than a block has.
+        InputError: ``round_to`` is more than a block has, or blocks that are all alike do not fit.
     """
     allocate_uniformly(costs)
 
@@ -137,11 +138,15 @@ def allocate_for_most(costs: CostModel, head_scores: Scores, neuron_scores: Scor
 
 
 def allocate_uniformly(costs: CostModel) -> Counts:
-    """The same share of heads and of neurons in every block.
+    """The same share of heads and of neurons in every block; the same numbers, where the budget asks for that.
 
     Raises:
         BudgetError: Even the least that every block must keep costs more than the budget.
+        InputError: No numbers that all blocks may have alike fit the budget.
     """
+    if costs.budget.uniform:
+        share = costs.budget.mu * costs.layers[0].heads
+        return min(uniform_counts(costs), key=lambda counts: abs(counts.heads[0] - share))
 
     def even(size: int) -> NDArray[np.float64]:
         return 1.0 - np.arange(size) / size

@@ -8,6 +8,7 @@ import numpy as np
 from shrinkformer.architectures import LayerView
 from shrinkformer.efficiency.macs import LayerSize, attention_macs, model_macs, neuron_macs
 from shrinkformer.errors import InputError
+from shrinkformer.prune.stock import stock_head_counts
 
 _SLACK = 1e-12
 """Relative distance kept from the budget, so that rounding in a sum of MACs cannot carry the result above it."""
@@ -23,6 +24,7 @@ class Budget:
         round_to: Number of neurons of a block is a multiple of this, where that makes matrix products faster.
         min_heads: Heads that every block keeps at least.
         min_neurons: Neurons that every block keeps at least.
+        uniform: All blocks get the same sizes, and such as a configuration of stock classes can say.
 
     Raises:
         InputError: A value is out of its range.
@@ -33,6 +35,7 @@ class Budget:
     round_to: int = 1
     min_heads: int = 1
     min_neurons: int = 1
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.mu <= 1:
@@ -61,22 +64,36 @@ class CostModel:
         hidden_size: Width of the residual stream.
         budget: What may stay.
         pre_norm: Whether outputs of blocks grow with depth, see the architecture record.
+        head_counts: Where the budget asks for blocks that are all alike, the numbers of heads that they may have,
+            ascending; otherwise none.
     """
 
     layers: tuple[LayerSize, ...]
     hidden_size: int
     budget: Budget
     pre_norm: bool = False
+    head_counts: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, views: Sequence[LayerView], budget: Budget) -> "CostModel":
-        """The cost model of a model's blocks."""
-        return cls(layer_sizes(views), views[0].hidden_size, budget, views[0].architecture.pre_norm)
+        """The cost model of a model's blocks.
+
+        Raises:
+            InputError: Blocks shall be all alike, and were pruned before in a way that no stock configuration can say.
+        """
+        sizes, first = layer_sizes(views), views[0]
+        counts = stock_head_counts(first.architecture, sizes, first.config) if budget.uniform else ()
+        return cls(sizes, first.hidden_size, budget, first.architecture.pre_norm, counts)
 
     @property
     def dense(self) -> float:
         """MACs before pruning."""
         return model_macs(self.layers, self.hidden_size, self.budget.sequence_length)
+
+    @property
+    def allowance(self) -> float:
+        """What may stay, with room for rounding in a sum."""
+        return self.budget.mu * self.dense * (1 - _SLACK if self.budget.mu < 1 else 1 + _SLACK)
 
     @property
     def head(self) -> float:
@@ -109,8 +126,7 @@ class CostModel:
 
     def affordable_units(self, heads: int) -> int:
         """How many groups of ``round_to`` neurons, over all blocks, fit beside a number of heads; may be negative."""
-        allowance = self.budget.mu * self.dense * (1 - _SLACK if self.budget.mu < 1 else 1 + _SLACK)
-        return int(np.floor((allowance - heads * self.head) / (self.neuron * self.budget.round_to)))
+        return int(np.floor((self.allowance - heads * self.head) / (self.neuron * self.budget.round_to)))
 
 
 def layer_sizes(views: Sequence[LayerView]) -> tuple[LayerSize, ...]:

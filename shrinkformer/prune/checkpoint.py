@@ -2,7 +2,8 @@
 
 The folder is an ordinary Hugging Face folder. Sizes per block stand in ``config.json`` in transformers' own
 ``per_layer_config``; the classes that read them travel in the folder (``pruned_modeling.py``, named in ``auto_map``),
-because the stock classes of transformers do not yet.
+because the stock classes of transformers do not yet. Where all blocks are alike, and the ordinary fields of the
+configuration can say what they are, the folder is that of a stock model, with no code and no section of ours.
 """
 
 import importlib.metadata
@@ -27,6 +28,7 @@ from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.sentence_encoder import copy_side_files, write_side_files
+from shrinkformer.prune.stock import is_stock, stock_values
 from shrinkformer.prune.surgery import kept_sizes
 
 FORMAT = 1
@@ -121,14 +123,22 @@ def complete(
     tokenizer: PreTrainedTokenizerBase | None,
     card: str | None,
 ) -> None:
-    """Add to weights and configuration what makes a folder load anywhere: classes, plan, tokenizer, model card."""
+    """Add to weights and configuration what makes a folder load anywhere: classes, plan, tokenizer, model card.
+
+    A configuration without our section is that of a stock model, which needs no classes.
+    """
     stock = stock_class(kind)  # a model that came from load() has our class; its config must name the stock one
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text())
     config["architectures"] = [stock.__name__]
-    config["auto_map"] = _auto_map(stock)
+    code = Path(inspect.getfile(pruned_modeling))
+    if config.get("shrinkformer"):
+        config["auto_map"] = _auto_map(stock)
+        shutil.copyfile(code, folder / code.name)
+    else:  # save_pretrained copies the code of classes that came from a folder with code
+        config.pop("auto_map", None)
+        (folder / code.name).unlink(missing_ok=True)
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    shutil.copyfile(inspect.getfile(pruned_modeling), folder / "pruned_modeling.py")
     (folder / PLAN_FILE).write_text(plan.to_json() if plan is not None else "{}")
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
@@ -154,12 +164,20 @@ def describe(config: PreTrainedConfig, sizes: Sequence[LayerSize], plan: Plan | 
     """Write the sizes of all blocks into a configuration, in place.
 
     Args:
-        config: The configuration; transformers' own ``per_layer_config`` holds what it can say, the section
-            ``shrinkformer`` all of it.
+        config: The configuration. Its ordinary fields say it all where blocks are of stock shape. Otherwise
+            transformers' own ``per_layer_config`` holds what it can say, the section ``shrinkformer`` all of it.
         sizes: Of each block.
         plan: Where the sizes came from.
     """
     architecture = find_architecture(config.model_type)
+    values = stock_values(architecture, sizes, config)
+    if values is not None:
+        config.per_layer_config = None
+        for name in ("shrinkformer", "auto_map"):  # of the folder that the model came from
+            if hasattr(config, name):
+                delattr(config, name)
+        config.update(values)
+        return
     keys = (architecture.heads_key, architecture.neurons_key)
     config.per_layer_config = {
         index: {key: size for key, size in zip(keys, (layer.heads, layer.neurons), strict=True) if key}
@@ -204,20 +222,24 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; pass the folder that a pruning run wrote.")
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if not getattr(config, "shrinkformer", None):
+    if is_stock(config) and not (path / PLAN_FILE).exists():
         raise CheckpointError(f"{path} was not pruned by shrinkformer; load it with transformers' Auto classes.")
-    name = (config.architectures or ["nothing"])[0]
-    try:
-        pruned = getattr(pruned_modeling, name)
-    except AttributeError:
-        raise CheckpointError(f"{path}: config.json names {name!r}, which is no model of transformers.") from None
-    model: PreTrainedModel = pruned.from_pretrained(path, **kwargs)
+    model: PreTrainedModel = written_class(path, config).from_pretrained(path, **kwargs)
     return model
 
 
-def is_pruned(model: PreTrainedModel) -> bool:
-    """Whether the configuration of a model gives its blocks sizes of their own, which stock classes do not read."""
-    return bool(getattr(model.config, "shrinkformer", None))
+def written_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that reads a folder: of transformers where that is enough, otherwise ours.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    name = (config.architectures or ["nothing"])[0]
+    try:
+        ours: type[PreTrainedModel] = getattr(pruned_modeling, name)
+    except AttributeError:
+        raise CheckpointError(f"{folder}: config.json names {name!r}, which is no model of transformers.") from None
+    return stock_class(ours) if is_stock(config) else ours
 
 
 def stock_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:

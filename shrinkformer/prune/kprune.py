@@ -27,7 +27,7 @@ from shrinkformer.prune.masks import (
     relative_error,
     wanted_outputs,
 )
-from shrinkformer.prune.methods import KPRUNE
+from shrinkformer.prune.methods import KPRUNE, require_method
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.samples import spread
@@ -114,7 +114,9 @@ class KPrune:
 
         Raises:
             BudgetError: The budget is below what every block must keep.
+            InputError: The budget asks for blocks that are all alike.
         """
+        require_method(KPRUNE, uniform=budget.uniform)
         seconds: dict[str, float] = {}
         costs = CostModel.of(layer_views(self.model), budget)
         require_feasible(costs)

@@ -30,6 +30,7 @@ from shrinkformer.prune.regression import Sums
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.statistics import Batches, Progress
+from shrinkformer.prune.uniform import Losses, allocate_alike
 
 _MINI_BATCH = 32  # examples that share one gradient, as published
 _DAMP = 1.0  # of the least squares, as published
@@ -115,7 +116,11 @@ def search_masks(gradients: Sequence[Tensor], costs: CostModel) -> list[NDArray[
     norms = [np.asarray(part.norm(dim=0)) for part in gradients]
     orders = [np.argsort(-norm, kind="stable") for norm in norms]
     scores = [norm[order] for norm, order in zip(norms, orders, strict=True)]
-    counts = allocate_for_most(costs, scores[::2], scores[1::2])
+    if costs.budget.uniform:
+        tails = [np.append(np.square(part)[::-1].cumsum()[::-1], 0.0) for part in scores]
+        counts = allocate_alike(costs, Losses(tails[::2], tails[1::2]))
+    else:
+        counts = allocate_for_most(costs, scores[::2], scores[1::2])
     sizes = [size for pair in zip(counts.heads, counts.neurons, strict=True) for size in pair]
     return [
         rearranged(np.asarray(part), order[:size]) for part, order, size in zip(gradients, orders, sizes, strict=True)

@@ -21,6 +21,7 @@ from shrinkformer.prune.budget import CostModel, layer_sizes
 from shrinkformer.prune.pruned_modeling import set_block_sizes
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.prune.surgery import kept_sizes
+from shrinkformer.prune.uniform import uniform_counts
 
 _SHARES = (0.02, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 _HEAD_SHARES = (0.08, 0.25, 0.5, 0.75, 1.0)
@@ -145,8 +146,12 @@ class LatencyCosts(CostModel):
 
         Raises:
             BudgetError: It does not.
+            InputError: No sizes that all blocks may have alike do.
         """
         budget = self.budget
+        if budget.uniform:
+            uniform_counts(self)
+            return
         least = [
             replace(
                 layer,

@@ -19,6 +19,7 @@ from shrinkformer.prune.budget import CostModel, Counts
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.ranking import Ranking
 from shrinkformer.prune.refit import Correction
+from shrinkformer.prune.stock import UNIFORM
 
 
 @dataclass(frozen=True)
@@ -269,14 +270,24 @@ METHODS: dict[str, Method] = {
 METHOD_NAMES = (SHRINK, *METHODS, KWON, KPRUNE)
 
 
-def require_method(name: str) -> None:
+def require_method(name: str, *, uniform: bool = False) -> None:
     """Check the name of a pruning method.
 
+    Args:
+        name: Of the method.
+        uniform: Whether it shall give all blocks the same sizes.
+
     Raises:
-        InputError: There is none.
+        InputError: There is none, or it cannot do that.
     """
     if name not in WHOLE_MODEL:
         get_method(name)
+    if uniform and name == KPRUNE:
+        others = ", ".join(other for other in METHOD_NAMES if other != KPRUNE)
+        raise InputError(
+            f"{UNIFORM}: --method {name} chooses the size of a block when those before it are pruned; "
+            f"choose one of {others}."
+        )
 
 
 def get_method(name: str) -> Method:

@@ -42,6 +42,8 @@ class Plan:
         divergences: Where several models were made, how far each is from the dense one on examples that none of them
             was made from, by method; the nearest was taken.
         budget: What ``mu`` is a fraction of: ``macs``, or ``latency`` on the machine where it was pruned.
+        uniform: Where all blocks had to be alike and the method measures damage, ``divergence``: what the curves of
+            single parts add up to for these sizes, and ``free_divergence``: for the best sizes that may differ.
     """
 
     method: str
@@ -53,6 +55,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     divergences: dict[str, float] = field(default_factory=dict)
     budget: str = "macs"
+    uniform: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.kprune import learn_kprune
 from shrinkformer.prune.kwon import learn_kwon
-from shrinkformer.prune.methods import DEFAULT_METHOD, KPRUNE, KWON, SHRINK
+from shrinkformer.prune.methods import DEFAULT_METHOD, KPRUNE, KWON, SHRINK, require_method
 from shrinkformer.prune.ranked import rank_units
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned
@@ -81,6 +81,7 @@ def prune_model(
     seed: int = 0,
     sequence_length: float | None = None,
     round_to: int = 1,
+    uniform: bool = False,
     config: ShrinkConfig | None = None,
 ) -> Pruned:
     """A smaller copy of a model, in one call.
@@ -93,6 +94,8 @@ def prune_model(
         seed: Seed of random methods.
         sequence_length: Length in tokens at which MACs are counted; the mean of the examples by default.
         round_to: Neurons of a block are a multiple of this.
+        uniform: All blocks get the same sizes, so that what :func:`~shrinkformer.save` writes has the shape of a stock
+            model and loads without code of ours.
         config: Choices of the method ``shrink``.
 
     Raises:
@@ -101,5 +104,6 @@ def prune_model(
     """
     if sequence_length is None:
         sequence_length = count_tokens(batches) / sum(len(batch["attention_mask"]) for batch in batches)
-    budget = Budget(mu, sequence_length, round_to)
+    budget = Budget(mu, sequence_length, round_to, uniform=uniform)
+    require_method(method, uniform=uniform)
     return calibrate(model, batches, method=method, seed=seed, config=config).prune(budget)

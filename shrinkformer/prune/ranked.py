@@ -24,6 +24,7 @@ from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.statistics import Batches, LayerMoments, Progress, Statistics, stream_statistics
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.prune.surgery import remove_heads, remove_neurons, with_blocks
+from shrinkformer.prune.uniform import Losses, allocate_alike
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,13 @@ class Ranked:
 
         Raises:
             BudgetError: The budget is below what every block must keep.
+            InputError: No sizes that all blocks may have alike fit the budget.
         """
-        return self.method.allocate(self.rankings, CostModel.of(layer_views(self.model), budget))
+        costs = CostModel.of(layer_views(self.model), budget)
+        if not budget.uniform:
+            return self.method.allocate(self.rankings, costs)
+        heads, neurons = ([getattr(rank, part).tails for rank in self.rankings] for part in ("heads", "neurons"))
+        return allocate_alike(costs, Losses.relative(heads, neurons))
 
     def prune(self, budget: Budget) -> Pruned:
         """A smaller copy of the model, in memory, that meets a budget.

@@ -13,11 +13,13 @@ from time import perf_counter
 from torch import nn
 
 from shrinkformer.efficiency.macs import LayerSize
+from shrinkformer.errors import BudgetError
 from shrinkformer.prune.budget import CostModel
 from shrinkformer.prune.curves import HEADS, NEURONS, QUERIES, VALUES, BlockCurves, sized
 from shrinkformer.prune.damage import Damage
 from shrinkformer.prune.knapsack import Option, choose, frontier, wary
 from shrinkformer.prune.levels import BlockLevels
+from shrinkformer.prune.uniform import uniform_counts
 from shrinkformer.utils.parallel import ALONE, Workers
 
 _SLACK = 1e-9  # of the budget, for rounding in sums
@@ -27,6 +29,7 @@ _CAUTION = (0.0, 0.002, 0.006, 0.02)  # of the damage: what a single change must
 _GAIN = 5e-4  # of the damage: improvements below it are noise
 _WORTHWHILE = 0.04  # of the damage: a round that gains less is the last
 _SMALLEST_STEP = 0.1
+_HOPELESS = 4.0  # times the damage that curves expect at least: curves are not that wrong
 
 Say = Callable[[str], None]
 
@@ -37,7 +40,7 @@ class Found:
 
     Attributes:
         sizes: Of the blocks.
-        damage: On the examples, before any refit to the pruned model.
+        damage: On the examples, before any refit to the pruned model; infinite where nothing was measured.
         first: Sizes of the first plan, from curves alone.
     """
 
@@ -79,19 +82,59 @@ class Search:
 
         Raises:
             BudgetError: The budget is below what every block must keep.
+            InputError: No sizes that all blocks may have alike fit the budget.
         """
+        if self._costs.budget.uniform:
+            return self._run_uniform()
         if self._costs.budget.mu == 1:
             dense = [level.size for level in self._levels]
             return Found(dense, 0.0, dense)
+        sizes, expected = self._first_plan()
+        self._say(f"first plan: expected divergence {expected:.5f}")
+        return self._improve(sizes)
+
+    def cost_of_uniformity(self, sizes: Sequence[LayerSize]) -> dict[str, float]:
+        """What the curves add up to for blocks that are all alike, and for those of the best plan that is free.
+
+        Args:
+            sizes: Of blocks with whole heads, within the budget.
+        """
+        expected = self._expected(sizes)
+        try:
+            free = self._first_plan()[1]
+        except BudgetError:  # by a step of the knapsack's grid: there is hardly any choice
+            free = expected
+        return {"divergence": expected, "free_divergence": min(free, expected)}
+
+    def _first_plan(self) -> tuple[list[LayerSize], float]:
+        """The sizes that curves alone ask for, and what they expect of them."""
         groups = [
             group
             for curves, level in zip(self._curves, self._levels, strict=True)
             for group in (list(self._attention_options(curves, level)), list(self._neuron_options(curves, level)))
         ]
         chosen, expected = choose([frontier(group) for group in groups], self._allowance)
-        sizes = self._joined(chosen)
-        self._say(f"first plan: expected divergence {expected:.5f}")
-        return self._improve(sizes)
+        return self._joined(chosen), expected
+
+    def _run_uniform(self) -> Found:
+        """The best plan whose blocks are all alike: the number of heads decides, so those worth it are measured."""
+        plans = sorted((self._costs.sizes(counts) for counts in uniform_counts(self._costs)), key=self._expected)
+        limit = _HOPELESS * self._expected(plans[0])
+        self._say(f"first plan, all blocks alike: expected divergence {self._expected(plans[0]):.5f}")
+        began, best, least = perf_counter(), plans[0], float("inf")
+        for sizes in [sizes for sizes in plans if self._expected(sizes) <= limit]:
+            if not self._workers.broadcast(perf_counter() - began < self._seconds):
+                break
+            damage = self._damage.of(self._build(sizes))
+            self._say(f"{sizes[0].heads} heads, {sizes[0].neurons} neurons: divergence {damage:.5f}")
+            if damage < least:
+                best, least = sizes, damage
+        return Found(best, least, plans[0])
+
+    def _expected(self, sizes: Sequence[LayerSize]) -> float:
+        """What the curves add up to; heads are whole."""
+        each = zip(self._curves, sizes, strict=True)
+        return sum(curves[HEADS].at(size.heads) + curves[NEURONS].at(size.neurons) for curves, size in each)
 
     def _attention_options(self, curves: BlockCurves, level: BlockLevels) -> Iterator[Option[LayerSize]]:
         size, budget = level.size, self._costs.budget

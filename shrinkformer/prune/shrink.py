@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from shrinkformer.architectures import layer_views
 from shrinkformer.efficiency.macs import LayerSize, model_macs
 from shrinkformer.prune.allocation import require_feasible
-from shrinkformer.prune.budget import Budget, CostModel
+from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.curves import QUERIES, BlockCurves, measure_curves, narrowable
 from shrinkformer.prune.damage import FEW_TOKENS, Damage
@@ -128,10 +128,11 @@ class Shrinker:
         self.config.say(f"divergence on examples set aside: {shown}")
         name = min(divergences, key=divergences.__getitem__)
         best = candidates[name]
+        uniform = search.cost_of_uniformity(layer_sizes(layer_views(best.model))) if budget.uniform else {}
         if name in plans and self._are_few:  # those that have judged help now
             with timed(seconds, "refit"):
                 best = self._refitted(costs, plans[name], together(self.batches, self.aside))
-        return Pruned(best.model, replace(best.plan, divergences=divergences), seconds)
+        return Pruned(best.model, replace(best.plan, divergences=divergences, uniform=uniform), seconds)
 
     def prune_to(self, sizes: Sequence[LayerSize], sequence_length: float) -> Pruned:
         """A smaller copy of the model, in memory, with blocks of given sizes.
@@ -158,7 +159,9 @@ class Shrinker:
         if self.latency is None:
             require_feasible(costs)
             return costs
-        timed_costs = LatencyCosts(costs.layers, costs.hidden_size, budget, costs.pre_norm, table=self.latency)
+        timed_costs = LatencyCosts(
+            costs.layers, costs.hidden_size, budget, costs.pre_norm, costs.head_counts, table=self.latency
+        )
         timed_costs.require_feasible()
         return timed_costs
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from shrinkformer.errors import CheckpointError, InputError
-from shrinkformer.prune import checkpoint, pruned_modeling
+from shrinkformer.prune import checkpoint
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.shards import ShardWriter
 from shrinkformer.prune.streamed import add_tensors, tied_weights
@@ -191,12 +190,7 @@ def finish_folder(
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    if getattr(config, "shrinkformer", None):
-        checkpoint.complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=None)
-        return
-    (folder / checkpoint.PLAN_FILE).write_text("{}")
-    if tokenizer is not None:
-        checkpoint.save_tokenizer(tokenizer, folder)
+    checkpoint.complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=None)
 
 
 def _linears(model: PreTrainedModel) -> list[str]:
@@ -235,16 +229,9 @@ def load(
         )
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     section = getattr(config, "quantization_config", None)
-    pruned = bool(getattr(config, "shrinkformer", None))
-    if section is None and (pruned or not (path / checkpoint.PLAN_FILE).exists()):
+    if section is None:
         return checkpoint.load(path, **kwargs)
-    name = (config.architectures or ["nothing"])[0]
-    chosen = getattr(pruned_modeling if pruned else transformers, name, None)
-    if chosen is None:
-        raise CheckpointError(f"{path}: config.json names {name!r}, which is no model of transformers.")
-    if section is None:  # decoded weights in a folder of stock shape
-        plain: PreTrainedModel = chosen.from_pretrained(path, **kwargs)
-        return plain
+    chosen: Any = checkpoint.written_class(path, config)
     del config.quantization_config
     dtype = kwargs.pop("dtype", None) or config.dtype or torch.float32
     state = read_quantized_state_dict(path, section, dtype)
