@@ -328,6 +328,7 @@ def test_a_model_of_the_hub(weights: bool, tmp_path: Path) -> None:
     cache = tmp_path / "hub" / "models--tester--tiny"
     folder = cache / "snapshots" / commit
     model = build_model()
+    model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder) if weights else model.config.save_pretrained(folder)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(commit)

@@ -194,8 +194,8 @@ def _values(chart: PointChart, places: Sequence[tuple[float, float]], boxes: lis
     for point, (x, y) in zip(chart.points, places, strict=True):
         label = shown(point.y, chart.form)
         wide = len(label) * _LETTER
-        for start, base in product((x + 7, x - 7 - wide), (y + 4, y + 13, y - 5)):
-            box = (start, base - 9, start + wide, base + 2)
+        for start, base in product((x + 8, x - 8 - wide), (y + 4, y + 13, y - 5)):
+            box = (start - 2, base - 9, start + wide + 2, base + 2)
             if start > 0 and start + wide < WIDTH and not any(_overlap(box, other) for other in boxes):
                 boxes.append(box)
                 body.append(f'<text x="{_n(start)}" y="{_n(base)}" class="t">{text(label)}</text>')
