@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from tests import dataset_fixtures as made
 from tests.conftest import ROOT, WORDS, build_model, build_tokenizer
@@ -48,8 +49,8 @@ def build(world: Path) -> Path:
     for task in ("qqp", "sst2", "squad", "similarity"):
         encoder(work / "models" / "bert-base-uncased" / task, task)
         encoder(work / "path" / "to" / task, task)
-    encoder(work / "models" / "all-MiniLM-L6-v2" / "similarity", "similarity")
-    encoder(work / "models" / "all-MiniLM-L6-v2" / "squad", "squad")
+    for task in ("similarity", "squad", "qqp"):
+        encoder(work / "models" / "all-MiniLM-L6-v2" / task, task)
     for task in ("qqp", "sst2"):
         encoder(world / "shared" / "models" / f"minilm-{task}", task)
     decoder(work / "models" / "opt-mini", "opt")
@@ -63,14 +64,21 @@ def build(world: Path) -> Path:
 
 def encoder(folder: Path, task: str) -> None:
     """A tiny BERT with the head of a task, and its tokenizer."""
-    build_model("bert", _HEADS.get(task, "ForSequenceClassification"), intermediate_size=128).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    head = _HEADS.get(task, "ForSequenceClassification")
+    build_model("bert", head, intermediate_size=128, max_position_embeddings=512).save_pretrained(folder)
+    _tokenizer(512).save_pretrained(folder)
 
 
 def decoder(folder: Path, family: str) -> None:
     """A tiny language model and its tokenizer."""
-    build_model(family, intermediate_size=128).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    build_model(family, intermediate_size=128, max_position_embeddings=160).save_pretrained(folder)
+    _tokenizer(128).save_pretrained(folder)
+
+
+def _tokenizer(longest: int) -> PreTrainedTokenizerFast:
+    tokenizer = build_tokenizer()
+    tokenizer.model_max_length = longest
+    return tokenizer
 
 
 def write_data(folder: Path) -> None:
@@ -82,7 +90,8 @@ def write_data(folder: Path) -> None:
         questions = pairs.rename_columns({"sentence1": "question1", "sentence2": "question2"}).remove_columns("label")
         _write(questions.add_column("label", binary), folder / "glue" / "qqp" / f"{name}.parquet")
         _write(made.sentiment(make), folder / "glue" / "sst2" / f"{name}.parquet")
-        _write(made.questions(make), folder / "squad" / f"{name}.parquet")
+        answered = made.questions(2 * make).filter(lambda row: row["answers"]["text"])
+        _write(answered, folder / "squad" / f"{name}.parquet")
     for seed, name in enumerate(("wikitext2/train", "wikitext2/validation", "wikitext2/test", "ptb/train", "ptb/test")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.txt").write_text(text(9_000, seed))

@@ -15,7 +15,15 @@ from transformers import PreTrainedModel
 
 from shrinkformer.errors import InputError, ShrinkformerError
 from shrinkformer.export.runtime import OnnxModel, require_onnx
-from shrinkformer.export.tracing import Inputs, Traced, TracedDecoder, float_copy, has_cache, require_tokens
+from shrinkformer.export.tracing import (
+    Inputs,
+    Traced,
+    TracedDecoder,
+    float_copy,
+    has_cache,
+    plain_attention,
+    require_tokens,
+)
 from shrinkformer.utils.inputs import accepted_inputs
 from shrinkformer.utils.modes import evaluation_mode
 
@@ -86,7 +94,7 @@ def trace(traced: Traced, example: Mapping[str, Tensor], outputs: Sequence[str])
     level = log.level
     log.setLevel(logging.ERROR)  # it warns of torchvision, which is not used
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), plain_attention(traced.model):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 traced,
