@@ -4,16 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint format setup setup-dev clean
+.PHONY: demo test test-slow docs lint format setup setup-dev clean
 
 demo: setup
 	$(BIN)/python prune_bert.py --model_name all-MiniLM-L6-v2 --task_name similarity --mu 0.5 --bundled_data
 
 test: lint
-	$(BIN)/python -m pytest --cov=shrinkformer --cov-report=term-missing:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov=shrinkformer --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m "slow or gpu"
+
+docs: setup-dev
+	$(BIN)/python -m mkdocs build --strict
 
 lint: setup-dev
 	$(BIN)/ruff check .

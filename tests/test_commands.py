@@ -207,7 +207,7 @@ def test_round_to_what_is_measured(run: Any, tmp_path: Path, capsys: Any, monkey
         asked.append((*sizes, kind))
         return Rounding(8, {1: 1.25, 8: 1.0})
 
-    monkeypatch.setattr("shrinkformer.commands.session.choose_multiple", measured)
+    monkeypatch.setattr("shrinkformer.commands.running.choose_multiple", measured)
     flags = ("--model_name", name, "--task_name", "sst2", "--round_to", "auto")
     assert run(*flags, "--mu", "0.5", "--dry_run") == run(*flags, "--mu", "1") == 0
     assert "round to auto: is measured when the run begins" in capsys.readouterr().out
@@ -281,7 +281,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("shrinkformer.commands.session.load_model", never)
+    monkeypatch.setattr("shrinkformer.commands.running.load_model", never)
     capsys.readouterr()  # progress bars of the files made above
     assert run("--model_name", "mine", "--task_name", "sst2", *arguments) == 2
     captured = capsys.readouterr()

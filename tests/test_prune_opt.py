@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import shrinkformer
-from shrinkformer.commands import opt_eval, prune_opt, session
+from shrinkformer.commands import opt_eval, prune_opt, running
 from shrinkformer.dataset.corpora import CORPORA, evaluation_windows
 from shrinkformer.efficiency.size import count_parameters, folder_bytes
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
@@ -158,8 +158,8 @@ class TestBudgets:
         finished: Finished,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        real, calls = session.calibrate, []
-        monkeypatch.setattr(session, "calibrate", lambda *a, **options: (calls.append(1), real(*a, **options))[1])
+        real, calls = running.calibrate, []
+        monkeypatch.setattr(running, "calibrate", lambda *a, **options: (calls.append(1), real(*a, **options))[1])
         assert run("--mu", "0.8", "0.5") == 0
         assert len(calls) == 1
         together, alone = finished[1][1], read_records(Path("output"))[1]
@@ -172,7 +172,7 @@ class TestBudgets:
         assert read_plan("kept/here").ratio <= 0.6
 
     def test_mu_1_evaluates_only(self, run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delattr(session, "calibrate")
+        monkeypatch.delattr(running, "calibrate")
         assert run("--mu", "1") == 0
         (record,) = read_records(Path("output"))
         assert set(record["dense"]["metrics"]) >= METRICS
@@ -374,7 +374,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(session, "load_model", never)
+    monkeypatch.setattr(running, "load_model", never)
     capsys.readouterr()  # progress bars of the files made above
     assert run(*arguments) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

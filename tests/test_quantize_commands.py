@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import shrinkformer
-from shrinkformer.commands import prune_opt, quantize_bert, quantize_opt, session
+from shrinkformer.commands import prune_opt, quantize_bert, quantize_opt, running
 from shrinkformer.quantize.checkpoint import save
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.quantizer import quantize_
@@ -179,7 +179,7 @@ class TestBadInput:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.delattr(session, "load_model")
+        monkeypatch.delattr(running, "load_model")
         assert quantize(data, *arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"quantize_opt.py: error: {message}")

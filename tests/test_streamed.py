@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import shrinkformer
 from shrinkformer.architectures import layer_views
-from shrinkformer.commands import opt_eval, prune_bert, prune_opt, session
+from shrinkformer.commands import opt_eval, prune_bert, prune_opt, running
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.evaluate.streaming import stream_perplexity
 from shrinkformer.prune import streamed
@@ -199,7 +199,7 @@ class TestCommand:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.delattr(session, "load_model")
+        monkeypatch.delattr(running, "load_model")
         monkeypatch.setattr(prune_opt, "harness_is_installed", lambda: True)
         encoder = encoder_command(Path(), encoder_data)
         capsys.readouterr()

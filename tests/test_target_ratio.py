@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import shrinkformer
-from shrinkformer.commands import quantize_bert, quantize_opt, session, target_ratio
+from shrinkformer.commands import quantize_bert, quantize_opt, running, target_ratio
 from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.prune.budget import Budget
 from shrinkformer.quantize.byte_budget import Compressed
@@ -132,7 +132,7 @@ def test_one_line_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delattr(session, "load_model")
+    monkeypatch.delattr(running, "load_model")
     assert quantize(data, *arguments) in (1, 2)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"quantize_opt.py: error: {message}")

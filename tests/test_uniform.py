@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import shrinkformer
 from shrinkformer.architectures import find_architecture, layer_views
-from shrinkformer.commands import prune_bert, prune_opt, quantize_opt, session
+from shrinkformer.commands import prune_bert, prune_opt, quantize_opt, running
 from shrinkformer.commands.report import Measured, Run
 from shrinkformer.efficiency.macs import LayerSize, count_matmul_macs
 from shrinkformer.errors import InputError
@@ -379,7 +379,7 @@ class TestCommands:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.setattr(session, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(running, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
         capsys.readouterr()
         assert run("--method", "kprune") == 2
         assert run("--mu", "0.001") == 2

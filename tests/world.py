@@ -18,6 +18,8 @@ from tests.conftest import ROOT, WORDS, build_model, build_tokenizer
 
 TRAIN, VALIDATION = 600, 40
 
+_SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}  # groups of 128 inputs divide them
+
 _HEADS = {"squad": "ForQuestionAnswering", "similarity": "Model"}
 
 
@@ -65,13 +67,13 @@ def build(world: Path) -> Path:
 def encoder(folder: Path, task: str) -> None:
     """A tiny BERT with the head of a task, and its tokenizer."""
     head = _HEADS.get(task, "ForSequenceClassification")
-    build_model("bert", head, intermediate_size=128, max_position_embeddings=512).save_pretrained(folder)
+    build_model("bert", head, **_SIZES, max_position_embeddings=512).save_pretrained(folder)
     _tokenizer(512).save_pretrained(folder)
 
 
 def decoder(folder: Path, family: str) -> None:
     """A tiny language model and its tokenizer."""
-    build_model(family, intermediate_size=128, max_position_embeddings=160).save_pretrained(folder)
+    build_model(family, **_SIZES, max_position_embeddings=160).save_pretrained(folder)
     _tokenizer(128).save_pretrained(folder)
 
 

@@ -12,7 +12,8 @@ from shrinkformer.commands.exporting import ONNXRUNTIME, describe_onnx, time_onn
 from shrinkformer.commands.locate import load_model
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.report import Measured, Run
-from shrinkformer.commands.session import Job, Session, measure, run_job
+from shrinkformer.commands.running import run_job
+from shrinkformer.commands.session import Job, Session, measure
 from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.errors import CheckpointError
 from shrinkformer.export.onnx_export import TOLERANCE

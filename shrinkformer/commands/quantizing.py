@@ -15,7 +15,8 @@ from shrinkformer.commands.locate import empty_model, load_model, model_class
 from shrinkformer.commands.pruning import round_weights
 from shrinkformer.commands.quantize_options import QuantizeOptions
 from shrinkformer.commands.report import Measured, Run
-from shrinkformer.commands.session import Job, Session, measure, run_job
+from shrinkformer.commands.running import run_job
+from shrinkformer.commands.session import Job, Session, measure
 from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.errors import CheckpointError
 from shrinkformer.export.runtime import require_onnx

@@ -1,8 +1,8 @@
-"""What all commands do once their inputs are read: load, evaluate, then a step for each budget, and report."""
+"""What commands know: a job that was read, and the dense model with what was learnt about it."""
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,33 +10,23 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from shrinkformer.architectures import find_architecture, layer_views
+from shrinkformer.architectures import layer_views
 from shrinkformer.commands.card_metadata import inherited, side_folder
 from shrinkformer.commands.cards import Card
-from shrinkformer.commands.console import block_progress, say
-from shrinkformer.commands.dry_run import describe
-from shrinkformer.commands.locate import Source, empty_model, load_model
-from shrinkformer.commands.memory import GIB, Footprint, available_bytes
+from shrinkformer.commands.console import say
+from shrinkformer.commands.locate import Source
 from shrinkformer.commands.options import PruneOptions
-from shrinkformer.commands.publishing import Publisher
-from shrinkformer.commands.report import Measured, Run, write_report
+from shrinkformer.commands.report import Measured, Run
 from shrinkformer.efficiency.macs import model_macs
-from shrinkformer.efficiency.rounding import Rounding, choose_multiple
+from shrinkformer.efficiency.rounding import Rounding
 from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, folder_bytes, peak_memory_bytes
-from shrinkformer.errors import InputError
 from shrinkformer.export.runtime import OnnxModel
-from shrinkformer.prune.allocation import require_feasible
-from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
+from shrinkformer.prune.budget import Budget, layer_sizes
 from shrinkformer.prune.checkpoint import stock_class
-from shrinkformer.prune.hidden import Offload
-from shrinkformer.prune.methods import SHRINK
-from shrinkformer.prune.pruner import Calibrated, calibrate
+from shrinkformer.prune.pruner import Calibrated
 from shrinkformer.prune.resources import Resources
-from shrinkformer.prune.result import timed
-from shrinkformer.prune.resume import BlockFiles, BlockStore, fingerprint
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.resume import BlockFiles, fingerprint
 from shrinkformer.prune.statistics import Batches
-from shrinkformer.prune.stock import describe_limits
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.utils.parallel import Workers
 
@@ -190,140 +180,6 @@ class Session:
             dense_layers=layer_sizes(layer_views(self.model)),
             **found,
         )
-
-
-Step = Callable[[Session, Budget], Run]
-
-
-def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: Step) -> None:
-    """Take a step for every budget that was asked for, and report.
-
-    Args:
-        job: The model and the task.
-        options: Of the command.
-        seconds: Time that was spent already, by step.
-        step: What is done for one budget.
-
-    Raises:
-        InputError: The model does not fit into memory, and has to.
-    """
-    if job.source.quantized and options.calibrates:
-        raise InputError(
-            f"--model_name {job.source.name}: it is quantized already; pass the float checkpoint it was made from."
-        )
-    shapes = empty_model(job.source, job.chosen)
-    footprint = Footprint.of(
-        shapes,
-        count_tokens(job.batches),
-        options.batch_size,
-        job.sequence_length,
-        job.dtype,
-        quantizes=options.quantizes,
-        shrinks=options.shrinks,
-    )
-    limit = available_bytes(job.device) * 0.8 if options.max_memory is None else options.max_memory * GIB
-    lazily = job.workers.broadcast(footprint.resident > limit)  # what is free differs from moment to moment
-    whole, remedy = job.whole, "or use a machine with more"
-    if not whole and options.measures_whole:
-        whole, remedy = f"--method {options.method} measures a model as a whole", "or pass --method stat"
-    if lazily and whole:
-        raise InputError(
-            f"--max_memory: {whole}, which takes {footprint.resident / GIB:,.1f} GiB, but {limit / GIB:,.1f} GiB "
-            f"are allowed or free; allow more, {remedy}."
-        )
-    rounding = _measured_rounding(job, options, shapes)
-    round_to = options.round_to if rounding is None else rounding.multiple
-    round_to = 1 if round_to is None else round_to
-    limits = Budget(1.0, job.sequence_length, round_to, options.min_heads, options.min_neurons)
-    budgets = [replace(limits, mu=mu, uniform=options.uniform and mu < 1) for mu in options.mu]
-    if options.dry_run:
-        job.say(describe(job, shapes, budgets, options, footprint=footprint, limit=limit))
-        return
-    for budget in budgets:
-        costs = CostModel.of(layer_views(shapes), budget)
-        if options.budget == "macs":  # time is not known yet
-            require_feasible(costs)
-    if any(budget.uniform for budget in budgets):
-        job.say(f"--uniform: {describe_limits(find_architecture(shapes.config.model_type), shapes.config)}")
-    session = _start(job, options, seconds, lazily=lazily, limit=limit)
-    session.rounding = rounding
-    job.say(f"evaluating the dense model on {job.task_name}")
-    location = Path(job.source.location)
-    with timed(seconds, "evaluation"):
-        session.dense = measure(session, session.model, session.resources, location)
-    if any(budget.mu < 1 for budget in budgets):
-        _calibrate(session)
-    publisher = Publisher(
-        options.push_to_hub,
-        private=options.private,
-        several=len(budgets) > 1,
-        report_to=options.report_to,
-        say=job.say,
-    )
-    for budget in budgets:
-        run = step(session, budget)
-        if job.workers.is_main:
-            say("\n" + run.table())
-            stem = options.output_dir / job.stem
-            say(f"  report: {write_report(run, stem)}\n")
-            publisher.take(run, session.cards.values(), stem.parent / "runs" / f"{stem.name}-mu{budget.mu:g}")
-        session.cards.clear()
-    if session.resources.store is not None and job.workers.is_main:
-        session.resources.store.clear()
-    publisher.close()
-
-
-def _measured_rounding(job: Job, options: PruneOptions, shapes: PreTrainedModel) -> Rounding | None:
-    """What ``--round_to auto`` stands for; None where nothing is asked for or pruned, and on a dry run."""
-    if options.round_to is not None or options.dry_run or not any(mu < 1 for mu in options.mu):
-        return None
-    view = layer_views(shapes)[0]
-    found = None
-    if job.workers.is_main:
-        gated = view.architecture.feed_forward.gated
-        found = choose_multiple(view.hidden_size, view.neurons, gated=gated, device=job.device, dtype=job.dtype)
-    rounding = job.workers.broadcast(found)
-    job.say(f"--round_to auto: {rounding}")
-    return rounding
-
-
-def _start(job: Job, options: PruneOptions, seconds: dict[str, float], *, lazily: bool, limit: float) -> Session:
-    how = "; its blocks stay on disk until they are needed (--max_memory)" if lazily else ""
-    job.say(f"loading {job.source.name} from {job.source.location}{how}")
-    with timed(seconds, "loading"):
-        model, weights = load_model(job.source, job.chosen, job.device, job.dtype, lazily=lazily)
-        offload = None
-        if lazily:
-            offload = Offload(options.offload_dir or (options.output_dir / job.stem).parent, int(limit / 4))
-        session = Session(job, options, model, Resources(weights, offload, None, job.workers), seconds)
-        if any(mu < 1 for mu in options.mu):
-            # Our method keeps other moments, of fewer examples.
-            asked = f"{SHRINK} {options.keeps_whole_heads}" if options.shrinks else ""
-            store = session.open_blocks(BlockStore, options.output_dir / job.folder, "resume", asked)
-            session.resources = replace(session.resources, store=store)
-    return session
-
-
-def _calibrate(session: Session) -> None:
-    """One pass of the calibration examples, for all budgets; finished blocks stay on disk until the run is over."""
-    job, options = session.job, session.options
-    inputs = sum(len(batch["input_ids"]) for batch in job.batches)
-    job.say(f"calibrating on {inputs:,} inputs, {count_tokens(job.batches):,} tokens")
-    session.calibrated = calibrate(
-        session.model,
-        job.batches,
-        method=options.method,
-        seed=options.seed,
-        progress=block_progress("calibrating") if job.workers.is_main else iter,
-        resources=session.resources,
-        config=ShrinkConfig(
-            whole_heads=options.keeps_whole_heads,
-            search_seconds=options.search_seconds,
-            latency_shape=(options.latency_shape[0], options.latency_shape[1]) if options.budget == "latency" else None,
-            say=lambda line: job.say(f"  {line}"),
-        ),
-    )
-    session.seconds |= session.calibrated.seconds
 
 
 def measure(session: Session, model: PreTrainedModel, resources: Resources, folder: Path) -> Measured:

@@ -7,7 +7,8 @@ from shrinkformer.commands.locate import empty_model
 from shrinkformer.commands.quantize_options import QuantizeOptions
 from shrinkformer.commands.quantizing import latency_of, measure_unsaved, quantizing_progress, save_formats
 from shrinkformer.commands.report import Run
-from shrinkformer.commands.session import Job, Session, measure, run_job
+from shrinkformer.commands.running import run_job
+from shrinkformer.commands.session import Job, Session, measure
 from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune.budget import Budget
