@@ -9,6 +9,7 @@ import torch
 
 import shrinkformer
 from shrinkformer.commands.flags import parse_options
+from shrinkformer.commands.main import COMMANDS, main
 from shrinkformer.commands.quantize_options import DecoderQuantizeOptions, EncoderQuantizeOptions
 from shrinkformer.dataset.tasks import TASKS
 from shrinkformer.prune.methods import METHOD_NAMES
@@ -36,6 +37,9 @@ def test_readme_names_flags_tasks_and_methods_that_exist(capsys: pytest.CaptureF
     for kind in (EncoderQuantizeOptions, DecoderQuantizeOptions):  # they have all flags of pruning
         with pytest.raises(SystemExit):
             parse_options(kind, ["--help"], prog="", description="")
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
     assert set(re.findall(r"`?(--\w+)", README)) - {"--strict", "--nproc_per_node"} <= known
     assert all(task in README for task in TASKS)

@@ -189,12 +189,15 @@ class TestExamples:
             shutil.rmtree(work / folder, ignore_errors=True)
 
     @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
-    def test_page(self, page: str, names: dict[str, Any]) -> None:
+    def test_page(self, page: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        pushed: list[str] = []  # tests/test_hub.py sends for real
+        monkeypatch.setattr(shrinkformer, "push_to_hub", lambda folder, name, **_: pushed.append(folder), raising=False)
         blocks = code_blocks(ROOT / page, "python")
         assert blocks
         for block in blocks:
             exec(compile(block, page, "exec"), names)
         assert (Path("smaller") / "model.safetensors").is_file()
+        assert set(pushed) <= {"smaller"}
 
     def test_loading_a_checkpoint(self, names: dict[str, Any], batches: list[dict[str, Any]]) -> None:
         pruned = shrinkformer.prune_model(names["model"], batches, mu=0.5, method="stat")

@@ -24,6 +24,7 @@ RANKS = {
     "quantize": 5,
     "evaluate": 6,
     "commands": 7,
+    "api": 8,
     "__main__": 8,
 }
 """A module may import from its own part of the package and from parts of a lower rank."""

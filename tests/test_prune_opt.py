@@ -148,7 +148,7 @@ class TestReport:
 
     def test_nothing_else_is_written(self, finished: Finished) -> None:
         names = {path.name for path in (finished[0] / "output/opt").iterdir()}
-        assert names == {"mine.txt", "mine.jsonl", "mine-wikitext2-mu0.7", "mine-wikitext2-mu0.5"}
+        assert names == {"mine.txt", "mine.jsonl", "mine.html", "mine-wikitext2-mu0.7", "mine-wikitext2-mu0.5"}
 
 
 class TestBudgets:
@@ -177,7 +177,7 @@ class TestBudgets:
         (record,) = read_records(Path("output"))
         assert set(record["dense"]["metrics"]) >= METRICS
         assert "pruned" not in record
-        assert {path.name for path in Path("output/opt").iterdir()} == {"mine.txt", "mine.jsonl"}
+        assert {path.name for path in Path("output/opt").iterdir()} == {"mine.txt", "mine.jsonl", "mine.html"}
 
 
 class TestCheckpoint:

@@ -11,10 +11,9 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 import shrinkformer
 from shrinkformer.api import PruneCallback, PruneConfig, evaluate, prune_, take_examples
-from shrinkformer.commands.locate import bundled_decoder
 from shrinkformer.errors import InputError
 from tests import dataset_fixtures as made
-from tests.conftest import build_model
+from tests.conftest import build_model, build_tokenizer
 
 WORDS = len(made.bert_tokenizer())
 STAT = PruneConfig(mu=0.5, method="stat")
@@ -151,13 +150,12 @@ class TestEvaluate:
         found = evaluate(model, tokenizer, "similarity", bundled_data=True)
         assert set(found) >= {"spearmanr", "spearmanr_stderr", "pearson"}
 
-    def test_a_decoder(self) -> None:
-        model, folder = build_model("opt", vocab_size=50272), bundled_decoder()
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model.config.max_position_embeddings = 64
-        found = evaluate(model, tokenizer, "ptb-new", bundled_data=True, batch_size=64)
+    def test_a_decoder(self, tmp_path: Path) -> None:
+        (tmp_path / "ptb").mkdir()
+        for split in ("train", "test"):
+            (tmp_path / "ptb" / f"{split}.txt").write_text("the cat sees a bird\nthe dog never sleeps\n" * 60)
+        model, tokenizer = build_model("opt"), build_tokenizer()
+        found = evaluate(model, tokenizer, "ptb-new", data_dir=tmp_path)
         assert found["perplexity"] > 1
         assert found["perplexity_stderr"] > 0
 

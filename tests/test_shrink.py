@@ -1,5 +1,6 @@
 """The parts of the method ``shrink`` against oracles, and what the whole of it promises."""
 
+import warnings
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -14,6 +15,7 @@ from shrinkformer.efficiency.macs import count_matmul_macs, model_macs
 from shrinkformer.errors import BudgetError
 from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.checkpoint import load, save
+from shrinkformer.prune.cholesky import DampingWarning
 from shrinkformer.prune.curves import Curve, sized
 from shrinkformer.prune.damage import Damage
 from shrinkformer.prune.divergence import Judge, Target, predictions
@@ -370,3 +372,30 @@ def test_predictions_stay_nearer_than_with_stat() -> None:
         return measure.of([view.block for view in layer_views(found.model)])
 
     assert left("shrink") < 0.8 * left("stat")
+
+
+def test_a_handful_of_distinct_tokens_is_ordinary_input() -> None:
+    model = build_model(hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    few = make_batches([5, 6, 4, 7], batch_size=4)[0]
+    batches = [{name: value.repeat(4, 1) for name, value in few.items()} for _ in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DampingWarning)
+        pruned = prune_model(model, batches, mu=0.5)
+    assert pruned.plan.ratio <= 0.5
+    assert pruned.plan.divergences["shrink"] < 1e-3
+
+
+def test_a_fold_of_narrowed_heads_survives_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, mix = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((500, 6), (6, 64)))
+    tokens = tokens @ mix
+    second = (tokens.float().T @ tokens.float()).double()  # rank 6, and rounding of single precision elsewhere
+    weight = torch.randn(64, 10, generator=generator, dtype=torch.float64)
+    parts = torch.arange(64).chunk(2)
+    bases = [value_basis(second[part][:, part], weight[part])[:, :20] for part in parts]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DampingWarning)
+        folded = fold_projected(second, Projected(torch.arange(64), bases), weight)
+    wanted = tokens @ weight
+    found = tokens @ torch.block_diag(*bases) @ folded
+    assert (found - wanted).norm() < 1e-2 * wanted.norm()

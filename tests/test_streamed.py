@@ -190,7 +190,7 @@ class TestCommand:
             assert call(opt_eval.main, data_dir, "--model_name", "mine", *memory, *spill) == 0
         whole, streamed = read_records(Path("output"))
         assert streamed["dense"]["metrics"] == pytest.approx(whole["dense"]["metrics"], rel=1e-5)
-        assert {path.name for path in Path("output/opt").iterdir()} == {"mine.txt", "mine.jsonl"}
+        assert {path.name for path in Path("output/opt").iterdir()} == {"mine.txt", "mine.jsonl", "mine.html"}
 
     def test_what_needs_the_whole_model_is_refused_before_it_is_loaded(
         self,

@@ -40,9 +40,12 @@ def fold_projected(second: Tensor, projected: Projected, weight: Tensor) -> Tens
     if not projected.bases:
         return fold(second, projected.kept, weight)
     basis: Tensor = torch.block_diag(*projected.bases)  # type: ignore[no-untyped-call]
-    across = basis.T @ second[projected.kept]
-    factor, _ = damped_cholesky(across[:, projected.kept] @ basis, _DAMPING)
-    return torch.cholesky_solve(across @ weight, factor)
+    inner = second[projected.kept][:, projected.kept].clone()
+    # Bases blow up what is rounding in nearly singular directions, so it has to be gone before they are applied.
+    _, damping = damped_cholesky(inner, _DAMPING)
+    inner.diagonal().add_(damping * inner.diagonal().mean())
+    factor, _ = damped_cholesky(basis.T @ inner @ basis, 0.0)
+    return torch.cholesky_solve(basis.T @ second[projected.kept] @ weight, factor)
 
 
 def value_basis(second: Tensor, weight: Tensor) -> Tensor:
