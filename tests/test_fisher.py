@@ -1,6 +1,7 @@
 """What errors of a layer's outputs do to predictions."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,9 +9,13 @@ import torch
 from torch import nn
 
 from shrinkformer.architectures import layer_views
+from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.fisher import output_metrics
+from shrinkformer.prune.surgery import Weights, rebuild
+from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.grid import fit_grid
 from shrinkformer.quantize.layer import quantize_weight
+from shrinkformer.quantize.quantizer import quantize_
 from shrinkformer.quantize.recipe import RECIPES
 from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.quantize.solver import Hessian
@@ -42,6 +47,29 @@ def test_every_family_and_head(family: str) -> None:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert not any(module._backward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["bert", "opt"])
+def test_heads_that_were_narrowed(family: str) -> None:
+    model = build_model(family)
+    for view in layer_views(model):
+        dense = replace(layer_sizes([view])[0], query_width=3, value_width=5)
+        rows = dict.fromkeys(view.architecture.attention.producers[:2], 4 * dense.query_width)
+        rows[view.architecture.attention.value] = 4 * dense.value_width
+        filling = {
+            path: Weights(view.linear(path).weight[:count].clone(), view.linear(path).bias[:count].clone())
+            for path, count in rows.items()
+        }
+        output = view.linear(view.architecture.attention.output)
+        filling[view.architecture.attention.output] = Weights(output.weight[:, :20].clone(), output.bias.clone())
+        rebuild(view, dense, filling)
+    found = output_metrics(model, layers_of(model), BATCHES, tokens=100)
+    (view, *_) = layer_views(model)
+    assert {path: len(metric) for path, metric in found.items()} == {
+        path: view.linear(path).out_features for path in layers_of(model)
+    }
+    quantized = quantize_(model, BATCHES, QuantizeConfig(bits=4, group_size=-1))
+    assert len(quantized.layers) == 6 * len(layer_views(model))
 
 
 def test_it_predicts_the_divergence_of_a_small_error() -> None:

@@ -114,8 +114,8 @@ def _gradients_at(layers: Mapping[Name, nn.Module], receive: Callable[[Name, Ten
     """Hand on the gradients of each layer's output whenever some arrive."""
 
     def hook_for(name: Name) -> Any:
-        def hook(_module: nn.Module, _given: Any, gradients: tuple[Tensor, ...]) -> None:
-            receive(name, gradients[0])
+        def hook(module: nn.Module, _given: Any, gradients: tuple[Tensor, ...]) -> None:
+            receive(name, _without_padding(module, gradients[0]))
 
         return hook
 
@@ -123,6 +123,16 @@ def _gradients_at(layers: Mapping[Name, nn.Module], receive: Callable[[Name, Ten
         for name, module in layers.items():
             stack.callback(module.register_full_backward_hook(hook_for(name)).remove)
         yield
+
+
+def _without_padding(module: nn.Module, gradients: Tensor) -> Tensor:
+    """Gradients of what a layer computes: narrowed heads get zeros behind them by a hook, see ``pruned_modeling``."""
+    hooks: Any = module._forward_hooks.values()
+    for hook in hooks:
+        if hasattr(hook, "narrow") and hasattr(hook, "wide"):
+            heads: Tensor = gradients.unflatten(-1, (-1, hook.wide))  # type: ignore[no-untyped-call]
+            return heads[..., : hook.narrow].flatten(-2)
+    return gradients
 
 
 def log_likelihood(output: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
