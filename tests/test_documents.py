@@ -48,7 +48,7 @@ def _all() -> list[Any]:
     for path in DOCUMENTS:
         for words in commands(path):
             if words[0] not in SETUP:
-                marks = [pytest.mark.slow] if _takes_long(words) else []
+                marks = [pytest.mark.slow] if path.stem == "benchmarks" or _takes_long(words) else []
                 name = " ".join(words)
                 seen.setdefault(name, pytest.param(words, id=f"{path.stem}: {name[:90]}", marks=marks))
     return list(seen.values())
@@ -56,7 +56,7 @@ def _all() -> list[Any]:
 
 def _takes_long(words: list[str]) -> bool:
     """Benchmarks, training and compilers take minutes even here, and processes import torch once each."""
-    return bool({"torchrun", "compile", "prerequisites/prepare_checkpoints.py"} & set(words)) or "-m" in words
+    return bool({"torchrun", "compile", "prerequisites/prepare_checkpoints.py", "0.12"} & set(words)) or "-m" in words
 
 
 @pytest.fixture(scope="module")
