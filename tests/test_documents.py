@@ -50,7 +50,8 @@ def _all() -> list[Any]:
             if words[0] not in SETUP:
                 marks = [pytest.mark.slow] if path.stem == "benchmarks" or _takes_long(words) else []
                 name = " ".join(words)
-                seen.setdefault(name, pytest.param(words, id=f"{path.stem}: {name[:90]}", marks=marks))
+                same = re.sub(r"^shrinkformer prune (?=.*--task_name)", "python prune_bert.py ", name)
+                seen.setdefault(same, pytest.param(words, id=f"{path.stem}: {name[:90]}", marks=marks))
     return list(seen.values())
 
 

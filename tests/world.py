@@ -93,8 +93,8 @@ def write_data(folder: Path) -> None:
         questions = pairs.rename_columns({"sentence1": "question1", "sentence2": "question2"}).remove_columns("label")
         _write(questions.add_column("label", binary), folder / "glue" / "qqp" / f"{name}.parquet")
         _write(made.sentiment(make), folder / "glue" / "sst2" / f"{name}.parquet")
-        answered = made.questions(2 * make).filter(lambda row: row["answers"]["text"])
-        _write(answered, folder / "squad" / f"{name}.parquet")
+        short = made.questions(5 * make).filter(lambda row: row["answers"]["text"] and len(row["context"]) < 300)
+        _write(short, folder / "squad" / f"{name}.parquet")
     for seed, name in enumerate(("wikitext2/train", "wikitext2/validation", "wikitext2/test", "ptb/train", "ptb/test")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.txt").write_text(text(3_000, seed))

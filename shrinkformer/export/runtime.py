@@ -14,6 +14,9 @@ from shrinkformer.errors import CheckpointError, InputError
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
+_SLOWER = ["SkipLayerNormFusion"]
+"""Of onnxruntime's optimizers: sums with their norm in one node take longer than in two (1.31, CPU)."""
+
 Array = np.ndarray[Any, Any]
 
 _TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
@@ -73,8 +76,12 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors only; it warns of constants that it folds
+        # Idle threads of one session would take the time of the next one that is measured.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], disabled_optimizers=_SLOWER
+            )
         except Exception as error:  # its errors have no common class
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{path}: onnxruntime cannot open it: {reason}") from None
