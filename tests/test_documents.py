@@ -55,9 +55,21 @@ def _all() -> list[Any]:
     return list(seen.values())
 
 
+LONG = {
+    "torchrun",
+    "prerequisites/prepare_checkpoints.py",
+    "-m",
+    "compile",
+    "squad",
+    "--target_ratio",
+    "--markdown",
+    "--batch",
+}
+"""Benchmarks, training, compilers and the like take minutes even here, and processes import torch once each."""
+
+
 def _takes_long(words: list[str]) -> bool:
-    """Benchmarks, training and compilers take minutes even here, and processes import torch once each."""
-    return bool({"torchrun", "compile", "prerequisites/prepare_checkpoints.py", "0.12"} & set(words)) or "-m" in words
+    return bool(LONG & set(words))
 
 
 @pytest.fixture(scope="module")
