@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from shrinkformer.commands.locate import max_positions
+from shrinkformer.commands.prune_opt import LONGEST
 from shrinkformer.dataset.corpora import CORPORA, evaluation_windows
 from shrinkformer.dataset.encoding import encode
 from shrinkformer.dataset.loading import evaluation_splits, load_split
@@ -30,9 +31,6 @@ from shrinkformer.prune.shrink import ShrinkConfig
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.quantize.checkpoint import load
 from shrinkformer.quantize.quantizer import quantize_
-
-_LONGEST = 4096
-"""Tokens of a window of text, at most; as in ``opt_eval.py``."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ def evaluate(
     folder = None if data_dir is None else Path(data_dir)
     device, longest = next(model.parameters()).device, max_positions(model.config)
     if task in CORPORA:
-        length = min(_LONGEST, longest, int(tokenizer.model_max_length))
+        length = min(LONGEST, longest, int(tokenizer.model_max_length))
         windows = evaluation_windows(CORPORA[task], tokenizer, length=length, data_dir=folder, bundled=bundled_data)
         found = evaluate_perplexity(model, windows, batch_size=batch_size, device=device)
         return {"perplexity": found.value, "perplexity_stderr": found.stderr}

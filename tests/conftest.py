@@ -1,6 +1,8 @@
 """Fixtures that many tests share: tiny models built from configs, nothing downloaded."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,18 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
+
+WITHOUT_US = """
+import sys, torch, transformers
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "shrinkformer":
+            raise ImportError("shrinkformer is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+"""
+"""Begins programs that run as on a machine where shrinkformer is not installed."""
 
 WORDS = [
     "the",
@@ -201,3 +215,14 @@ def model_folder(tmp_path: Path) -> Path:
     build_model().save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
+
+
+def load_script(path: str) -> Any:
+    """A Python file of the source tree that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -17,18 +17,12 @@ from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.result import Pruned
-from tests.conftest import FAMILIES, build_model, build_tokenizer, make_batches
+from tests.conftest import FAMILIES, WITHOUT_US, build_model, build_tokenizer, make_batches
 
 # Runs where shrinkformer cannot be imported, as on a machine that has transformers only.
-ELSEWHERE = """
-import sys, torch, transformers
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "shrinkformer":
-            raise ImportError("shrinkformer is not installed here")
-
-sys.meta_path.insert(0, Blocker())
+ELSEWHERE = (
+    WITHOUT_US
+    + """
 folder, auto, reference, again = sys.argv[1:]
 batch, expected = torch.load(reference, weights_only=True)
 for attention in ("eager", "sdpa"):
@@ -40,6 +34,7 @@ model = getattr(transformers, auto).from_pretrained(again, trust_remote_code=Tru
 with torch.no_grad():
     assert torch.equal(model.eval()(**batch)[0], expected["sdpa"])
 """
+)
 
 GENERATES = (
     ELSEWHERE

@@ -23,7 +23,7 @@ import shrinkformer
 from shrinkformer.commands import main as console
 from shrinkformer.commands import prune_bert, prune_opt
 from shrinkformer.errors import ShrinkformerError
-from tests.conftest import ROOT, build_model
+from tests.conftest import ROOT, build_model, load_script
 from tests.world import build, code_blocks, commands, hub
 
 OWN_TEST = {"hub"}  # needs a hub: tests/test_hub_page.py
@@ -120,7 +120,9 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         module, rest = importlib.import_module(words[2]), words[3:]
     else:
         script = Path(words[1]).stem
-        module = _script(words[1]) if "/" in words[1] else importlib.import_module(f"shrinkformer.commands.{script}")
+        module = (
+            load_script(words[1]) if "/" in words[1] else importlib.import_module(f"shrinkformer.commands.{script}")
+        )
         rest = words[2:]
     monkeypatch.setattr(sys, "argv", [words[1], *rest])
     return int(module.main() or 0)
@@ -134,16 +136,6 @@ def _knows_flags(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     return len({word for word in words[3:] if word.startswith("--")} - set(re.findall(r"--\w+", shown.getvalue())))
 
 
-def _script(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_setup_commands_name_what_exists() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     for path in DOCUMENTS:
@@ -155,7 +147,7 @@ def test_setup_commands_name_what_exists() -> None:
 
 
 def test_tables_of_flags_are_those_of_the_options() -> None:
-    flags = _script("docs/flags.py")
+    flags = load_script("docs/flags.py")
     assert flags.page(flags.PAGE.read_text()) == flags.PAGE.read_text(), "run python docs/flags.py"
 
 

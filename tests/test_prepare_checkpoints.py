@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ import transformers
 
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.errors import CheckpointError, InputError
+from tests.conftest import load_script
 
 SCRIPT = Path(__file__).resolve().parents[1] / "prerequisites" / "prepare_checkpoints.py"
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -19,12 +19,9 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("prepare_checkpoints", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = load_script("prerequisites/prepare_checkpoints.py")
     yield module
-    del sys.modules[spec.name]
+    del sys.modules[module.__name__]
 
 
 @pytest.fixture(autouse=True)

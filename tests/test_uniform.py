@@ -31,7 +31,7 @@ from shrinkformer.prune.shrink import ShrinkConfig, learn
 from shrinkformer.prune.stock import stock_values
 from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.prune.uniform import Losses, allocate_alike, uniform_counts
-from tests.conftest import FAMILIES, GROUPED, build_model, make_batches
+from tests.conftest import FAMILIES, GROUPED, WITHOUT_US, build_model, make_batches
 from tests.test_prune_opt import call, checkpoint, read_plan, read_records, write_corpora
 from tests.test_streamed import (
     encoder_command,
@@ -44,16 +44,9 @@ FEWER_HEADS = [f"{family}-fewer-heads" for family in GROUPED]
 """Models that lose whole groups of heads as well."""
 
 # Runs where shrinkformer cannot be imported, and no code of a folder is trusted.
-ELSEWHERE = """
-import sys, torch, transformers
-from pathlib import Path
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "shrinkformer":
-            raise ImportError("shrinkformer is not installed here")
-
-sys.meta_path.insert(0, Blocker())
+ELSEWHERE = (
+    WITHOUT_US
+    + """
 batch, expected = torch.load(sys.argv[1], weights_only=True)
 for folder, (auto, outputs) in expected.items():
     for attention, output in outputs.items():
@@ -64,6 +57,7 @@ for folder, (auto, outputs) in expected.items():
             assert torch.equal(model.eval()(**batch)[0], output), (folder, attention)
 print(len(expected), "folders")
 """
+)
 
 
 def auto_class(model: Any) -> str:

@@ -85,7 +85,7 @@ def describe_onnx(folder: Path, model: PreTrainedModel, int8: Mapping[str, Devia
 def time_onnx(session: Session, path: Path) -> dict[str, dict[str, float]]:
     """Median milliseconds of the dense and of the pruned model in onnxruntime by shape; nothing for models on a GPU.
 
-    They take turns with each other but not with models in torch: threads of one runtime spin while another one starts.
+    They take turns with each other but not with models in torch, whose threads spin for a while when it is done.
 
     Args:
         session: With the dense model.

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from shrinkformer.architectures import find_architecture
 from shrinkformer.errors import CheckpointError
-from shrinkformer.quantize.reading import find_format, weight_map
+from shrinkformer.quantize.reading import find_format, read_shards
 
 _LONGEST_HEADER = 100_000_000  # bytes; that of the safetensors library
 _METADATA = "__metadata__"
@@ -44,15 +43,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """
     if not any(folder.glob("*.safetensors*")):
         return {}
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    places = weight_map(index) if index.is_file() else {}
-    tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(places.values())) or [SAFE_WEIGHTS_NAME]:
-        tensors |= read_header(folder / shard)
-    for name in places:
-        if name not in tensors:
-            raise CheckpointError(f"{name} is in {index} but in none of its files; download the model again.")
-    return tensors
+    return read_shards(folder, read_header)
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

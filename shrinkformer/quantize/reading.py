@@ -1,10 +1,10 @@
 """Read folders with quantized weights as ordinary ones, without the library that wrote them."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,8 @@ from shrinkformer.quantize.compressed_tensors import unread
 from shrinkformer.quantize.formats import FORMATS
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layout import Format
+
+Found = TypeVar("Found")
 
 
 def read_quantized_state_dict(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -101,21 +103,38 @@ def _starts(name: str, format_: Format) -> bool:
 
 def _open_shards(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """The open file of every tensor; nothing is read before ``get_tensor``."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
+    if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
         raise CheckpointError(f"{folder} has no {SAFE_WEIGHTS_NAME} and no index of shards; pass a model's folder.")
-    places = weight_map(index) if index.is_file() else {}
-    files: dict[str, Any] = {}
-    for shard in sorted(set(places.values())) or [SAFE_WEIGHTS_NAME]:
+
+    def open_(path: Path) -> dict[str, Any]:
         try:
-            file = stack.enter_context(safe_open(folder / shard, framework="pt"))
+            file = stack.enter_context(safe_open(path, framework="pt"))
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / shard} cannot be read ({error}); download the model again.") from None
-        files.update(dict.fromkeys(file.keys(), file))
+            raise CheckpointError(f"{path} cannot be read ({error}); download the model again.") from None
+        return dict.fromkeys(file.keys(), file)
+
+    return read_shards(folder, open_)
+
+
+def read_shards(folder: Path, read: Callable[[Path], Mapping[str, Found]]) -> dict[str, Found]:
+    """What is found of every tensor of a model, by name.
+
+    Args:
+        folder: Of the model, with one file of weights, or with an index of several.
+        read: What is found in one file, by tensor.
+
+    Raises:
+        CheckpointError: A tensor of the index is in none of the files, or the index is damaged.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    places = weight_map(index) if index.is_file() else {}
+    found: dict[str, Found] = {}
+    for shard in sorted(set(places.values())) or [SAFE_WEIGHTS_NAME]:
+        found |= read(folder / shard)
     for name in places:
-        if name not in files:
+        if name not in found:
             raise CheckpointError(f"{name} is in {index} but in none of its files; download the model again.")
-    return files
+    return found
 
 
 def weight_map(index: Path) -> dict[str, str]:
