@@ -111,7 +111,9 @@ def environment(work: Path, name: str) -> Path:
     venv.create(folder, with_pip=True, clear=True)
     python = folder / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", *ENVIRONMENTS[name]], check=True)
-    missing = subprocess.run([python, "-c", "import shrinkformer"], check=False, capture_output=True).returncode
+    missing = subprocess.run(
+        [python, "-c", "import shrinkformer"], check=False, capture_output=True, cwd="/"
+    ).returncode
     assert missing, "shrinkformer must not be there"
     return python
 

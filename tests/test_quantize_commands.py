@@ -98,7 +98,7 @@ class TestDecoder:
             quantize(data, *arguments)
         monkeypatch.undo()
         monkeypatch.chdir(inside)
-        (left,) = Path("output").rglob("*.blocks")
+        (left,) = Path("output").rglob("quantized")
         assert [file.name for file in left.iterdir()] == ["block0000.safetensors"]
         assert quantize(data, *arguments, "--resume", "--quantizer", "gptq") == 2  # its blocks are not these
         assert quantize(data, *arguments, "--resume") == 0

@@ -246,7 +246,8 @@ class TestInterruptions:
         top = set(Path().iterdir())
         monkeypatch.setattr(ShardWriter, "finish", interrupt)
         assert run() == 130
-        assert {path.name for path in set(Path().iterdir()) - top} == {"spill"}
+        assert {path.name for path in set(Path().iterdir()) - top} == {"output", "spill"}
+        assert not list(Path("output").rglob("config.json"))
 
     def test_resume_takes_up_the_calibration(
         self, run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

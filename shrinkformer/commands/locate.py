@@ -259,6 +259,7 @@ def load_model(
             model: PreTrainedModel = load(source.location, dtype=dtype)
         else:
             model = chosen.from_pretrained(source.location, dtype=dtype, trust_remote_code=False)
+            pruned_modeling.align(model)  # dense and smaller models are compared, in bits and in time
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{source.location}: the weights cannot be read: {_first_line(error)}") from None
     moved: Any = model.to(device)

@@ -1,7 +1,6 @@
 """What quantizing commands do for one budget: prune if asked to, quantize, save, check what was saved, measure."""
 
 import copy
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from shrinkformer.quantize.outside import require_outside
 from shrinkformer.quantize.quantizer import quantize_, require_groups
 from shrinkformer.quantize.resume import QuantizedBlocks
 from shrinkformer.quantize.streamed import quantize_to_folder
-from shrinkformer.utils.files import write_atomically
+from shrinkformer.utils.files import scratch_beside, write_atomically
 from shrinkformer.utils.inputs import accepted_inputs
 
 _FLOAT_TOLERANCE = 0.05
@@ -111,7 +110,6 @@ def _quantize_in_memory(session: Session, budget: Budget, seconds: dict[str, flo
     seconds |= found.seconds
     with timed(seconds, "saving"):
         folder = save_formats(session, budget, model, pruned, found)
-    _clear(store, job)
     with timed(seconds, "evaluation"):
         quantized = measure(session, model, replace(session.resources, store=None), folder)
         latency = latency_of(session, pruned, model)
@@ -130,8 +128,8 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
     aware = options.quantization(job.source.dtype).recipe.output_aware
     without = "; errors are not weighed by their effect, which takes the whole model in memory" if aware else ""
     job.say(f"quantizing to {options.bits} bits by {options.quantizer}, block by block{without}")
-    with tempfile.TemporaryDirectory(dir=offload.directory, prefix="decoded.") as scratch:
-        decoded = Path(job.workers.broadcast(scratch))
+    with scratch_beside(offload.directory / "decoded") as scratch:
+        decoded = Path(job.workers.broadcast(str(scratch)))
         found, plan = quantize_to_folder(
             session.model,
             job.batches,
@@ -147,7 +145,6 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
             store=store,
         )
         seconds |= found.seconds
-        _clear(store, job)
         if job.workers.is_main:
             custom = not is_stock(AutoConfig.from_pretrained(folder, trust_remote_code=False))
             write_atomically(folder / "README.md", _card(session, folder, found, plan, kind, custom=custom))
@@ -165,23 +162,15 @@ def _options(session: Session) -> QuantizeOptions:
     return session.options
 
 
-def _open_store(session: Session, budget: Budget, plan: Plan | None = None) -> QuantizedBlocks:
+def _open_store(session: Session, budget: Budget, plan: Plan | None = None) -> QuantizedBlocks | None:
     """Where finished blocks are kept until they are in a checkpoint.
 
     What a plan keeps is part of their key: a search that is cut short may end at another one.
     """
     job, options = session.job, _options(session)
-    target = next(iter(_targets(session, budget).values()))
     kept = None if plan is None else [replace(layer, attention_error=0.0, ffn_error=0.0) for layer in plan.layers]
-    asked = (options.quantization(job.source.dtype), budget, options.method, options.seed, session.lazily, kept)
-    return session.open_blocks(QuantizedBlocks, target, "blocks", str(asked))
-
-
-def _clear(store: QuantizedBlocks, job: Job) -> None:
-    """Forget finished blocks, once every process is past them."""
-    job.workers.barrier()
-    if job.workers.is_main:
-        store.clear()
+    asked = str((options.quantization(job.source.dtype), session.lazily, kept))
+    return session.ledger.files(QuantizedBlocks, budget, "quantized", asked)
 
 
 def quantizing_progress(job: Job) -> Progress:

@@ -79,12 +79,14 @@ class Run:
     target_ratio: float | None = None
     rounding: Rounding | None = None
     dense_layers: tuple[LayerSize, ...] = ()
+    run_id: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that other programs read; design and README list its fields."""
         record: dict[str, Any] = {
             "schema": SCHEMA,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **({"run": self.run_id} if self.run_id else {}),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "model_name": self.model_name,
             "task_name": self.task_name,
@@ -248,16 +250,26 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
+def _is_reported(run: Run, records: Path) -> bool:
+    if not run.run_id or not records.exists():
+        return False
+    mark = f'"run": {json.dumps(run.run_id)}'
+    lines = [line for line in records.read_text(encoding="utf-8").splitlines() if mark in line]
+    return any(json.loads(line)["mu"] == run.mu for line in lines)
+
+
 def write_report(run: Run, stem: Path) -> Path:
     """Append a run to ``<stem>.txt`` and to the ``<stem>.jsonl`` beside it, and draw all runs in ``<stem>.html``.
+
+    What a run that was killed right after its report says again when it is taken up is not appended twice.
 
     Returns:
         The path of the text file.
     """
-    records = stem.with_name(f"{stem.name}.jsonl")
-    append_atomically(records, json.dumps(run.to_dict()) + "\n")
-    path = stem.with_name(f"{stem.name}.txt")
-    append_atomically(path, run.table() + "\n\n")
+    path, records = stem.with_name(f"{stem.name}.txt"), stem.with_name(f"{stem.name}.jsonl")
+    if not _is_reported(run, records):
+        append_atomically(path, run.table() + "\n\n")
+        append_atomically(records, json.dumps(run.to_dict()) + "\n")
     page = report_page(records.read_text(encoding="utf-8").splitlines())
     if page is not None:
         write_atomically(stem.with_name(f"{stem.name}.html"), page)

@@ -2,29 +2,27 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.commands.console import block_progress, say
 from shrinkformer.commands.dry_run import describe
+from shrinkformer.commands.interrupted import alone, finish, is_finished, open_ledger
 from shrinkformer.commands.locate import empty_model, load_model
 from shrinkformer.commands.memory import GIB, Footprint, available_bytes
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.publishing import Publisher
 from shrinkformer.commands.report import Run, write_report
-from shrinkformer.commands.session import Job, Session, measure
+from shrinkformer.commands.session import Job, Session, measure_dense
 from shrinkformer.efficiency.rounding import Rounding, choose_multiple
 from shrinkformer.errors import InputError
 from shrinkformer.prune.allocation import require_feasible
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.hidden import Offload
-from shrinkformer.prune.methods import SHRINK
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
-from shrinkformer.prune.resume import BlockStore
 from shrinkformer.prune.shrink import ShrinkConfig
 from shrinkformer.prune.stock import describe_limits
 from shrinkformer.prune.stream import count_tokens
@@ -64,14 +62,18 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
             require_feasible(costs)
     if any(budget.uniform for budget in budgets):
         job.say(f"--uniform: {describe_limits(find_architecture(shapes.config.model_type), shapes.config)}")
-    session = _start(job, options, seconds, lazily=lazily, limit=limit)
-    session.rounding = rounding
-    job.say(f"evaluating the dense model on {job.task_name}")
-    with timed(seconds, "evaluation"):
-        session.dense = measure(session, session.model, session.resources, Path(job.source.location))
-    if any(budget.mu < 1 for budget in budgets):
-        _calibrate(session)
-    _take_steps(session, budgets, step)
+    with alone(job, options):
+        session = _start(job, options, seconds, lazily=lazily, limit=limit)
+        session.rounding = rounding
+        left = [budget for budget in budgets if not job.workers.broadcast(is_finished(session, budget))]
+        if not left:
+            return
+        job.say(f"evaluating the dense model on {job.task_name}")
+        with timed(seconds, "evaluation"):
+            session.dense = measure_dense(session)
+        if any(budget.mu < 1 for budget in left):
+            _calibrate(session)
+        _take_steps(session, left, step)
 
 
 def _take_steps(session: Session, budgets: Sequence[Budget], step: Step) -> None:
@@ -91,9 +93,10 @@ def _take_steps(session: Session, budgets: Sequence[Budget], step: Step) -> None
             stem = options.output_dir / job.stem
             say(f"  report: {write_report(run, stem)}\n")
             publisher.take(run, session.cards.values(), stem.parent / "runs" / f"{stem.name}-mu{budget.mu:g}")
+            if run.save_dir is not None:
+                finish(session, budget, run.save_dir)
         session.cards.clear()
-    if session.resources.store is not None and job.workers.is_main:
-        session.resources.store.clear()
+    session.ledger.settle()
     publisher.close()
 
 
@@ -159,11 +162,8 @@ def _start(job: Job, options: PruneOptions, seconds: dict[str, float], *, lazily
         if lazily:
             offload = Offload(options.offload_dir or (options.output_dir / job.stem).parent, int(limit / 4))
         session = Session(job, options, model, Resources(weights, offload, None, job.workers), seconds)
-        if any(mu < 1 for mu in options.mu):
-            # Our method keeps other moments, of fewer examples.
-            asked = f"{SHRINK} {options.keeps_whole_heads}" if options.shrinks else ""
-            store = session.open_blocks(BlockStore, options.output_dir / job.folder, "resume", asked)
-            session.resources = replace(session.resources, store=store)
+        if options.calibrates:
+            open_ledger(session)
     return session
 
 

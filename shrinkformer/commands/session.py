@@ -1,11 +1,12 @@
 """What commands know: a job that was read, and the dense model with what was learnt about it."""
 
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,14 +24,13 @@ from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, fol
 from shrinkformer.export.runtime import OnnxModel
 from shrinkformer.prune.budget import Budget, layer_sizes
 from shrinkformer.prune.checkpoint import stock_class
+from shrinkformer.prune.ledger import Ledger
 from shrinkformer.prune.pruner import Calibrated
 from shrinkformer.prune.resources import Resources
-from shrinkformer.prune.resume import BlockFiles, fingerprint
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.utils.parallel import Workers
 
-Blocks = TypeVar("Blocks", bound=BlockFiles)
 Evaluate = Callable[[PreTrainedModel, Resources], dict[str, float]]
 
 
@@ -108,13 +108,6 @@ class Session:
         return options.save_dir if len(options.mu) == 1 else options.save_dir / f"mu{budget.mu:g}"
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Of the dense model's weights and the calibration examples."""
-        location = Path(self.job.source.location)
-        files = sorted(location.glob("*.safetensors")) if location.is_dir() else []
-        return fingerprint(self.model, self.job.batches, files)
-
-    @cached_property
     def side_folder(self) -> Path | None:
         """Folder with the dense model's card and what sentence-transformers needs, where it can be had."""
         return side_folder(self.job.source)
@@ -140,27 +133,10 @@ class Session:
         )
         return self.cards[folder].text()
 
-    def open_blocks(self, kind: Callable[..., Blocks], target: Path, suffix: str, asked: str = "") -> Blocks:
-        """Open a place for finished blocks, and with ``--resume`` take up those of an interrupted run.
-
-        Args:
-            kind: A kind of :class:`~shrinkformer.prune.resume.BlockFiles`.
-            target: What the blocks are for; they lie beside it, or below the folder for large data.
-            suffix: Tells them from it.
-            asked: What they depend on beside the model and the examples.
-
-        Raises:
-            InputError: What is there depends on something else.
-        """
-        job, options, key = self.job, self.options, self.fingerprint + asked
-        base = target if options.offload_dir is None else options.offload_dir / target.name
-        folder = base.with_name(f"{base.name}.{suffix}")
-        if folder.exists() and not options.resume:
-            job.say(f"starting anew; --resume would take up what an interrupted run left in {folder}")
-        if job.workers.is_main:
-            kind(folder, key, resume=options.resume)  # deletes what is not to be taken up, before others look
-        job.workers.barrier()
-        return kind(folder, key, resume=True)
+    @property
+    def ledger(self) -> Ledger:
+        """What was finished, here and by an interrupted run."""
+        return self.resources.ledger
 
     def run(self, budget: Budget, seconds: dict[str, float], **found: Any) -> Run:
         """The report on one budget: what was asked for, beside what a step found."""
@@ -178,15 +154,27 @@ class Session:
             peak_memory_bytes=peak_memory_bytes(job.device),
             rounding=self.rounding,
             dense_layers=layer_sizes(layer_views(self.model)),
+            run_id=self.ledger.values.value("run", lambda: secrets.token_hex(8)),
             **found,
         )
 
 
+def measure_dense(session: Session) -> Measured:
+    """Evaluate the dense model, unless an interrupted run has done so, and take its sizes."""
+    evaluate, model, resources = session.job.evaluate, session.model, session.resources
+    metrics = session.ledger.values.value("metrics of the dense model", lambda: evaluate(model, resources))
+    return _sizes(session, model, metrics, Path(session.job.source.location))
+
+
 def measure(session: Session, model: PreTrainedModel, resources: Resources, folder: Path) -> Measured:
     """Evaluate a model and take its sizes; ``folder`` holds its weights unless they came from the hub."""
+    return _sizes(session, model, session.job.evaluate(model, resources), folder)
+
+
+def _sizes(session: Session, model: PreTrainedModel, metrics: dict[str, float], folder: Path) -> Measured:
     views = layer_views(model)
     return Measured(
-        metrics=session.job.evaluate(model, resources),
+        metrics=metrics,
         macs=model_macs(layer_sizes(views), views[0].hidden_size, session.job.sequence_length),
         parameters=count_parameters(model),
         bytes=folder_bytes(folder) if folder.is_dir() else checkpoint_bytes(model),

@@ -1,7 +1,6 @@
 """ONNX files of encoders with 8-bit weights, whose activations onnxruntime rounds to 8 bits while it runs."""
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from shrinkformer.errors import ShrinkformerError
 from shrinkformer.export.onnx_export import of_tokens
 from shrinkformer.export.runtime import OnnxModel, require_onnx
+from shrinkformer.utils.files import scratch_beside
 
 _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
 """Tells onnxruntime that the graph is optimized, as the exporter leaves it; it would ask for that in a message."""
@@ -59,8 +59,8 @@ def quantize_dynamic_int8(source: Path, path: Path, example: Mapping[str, Tensor
     model = onnx.load(source)
     del model.graph.value_info[:]  # it transposes weights, then trips over their former shapes; it infers them anyway
     model.metadata_props.add(key=_PREPARED[0], value=_PREPARED[1])
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        written = Path(scratch) / path.name
+    with scratch_beside(path) as scratch:
+        written = scratch / path.name
         try:
             quantize_dynamic(model, written, per_channel=True, weight_type=QuantType.QInt8)
         except Exception as error:  # its errors have no common class

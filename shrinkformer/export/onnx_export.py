@@ -2,8 +2,6 @@
 
 import logging
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from shrinkformer.export.tracing import (
     plain_attention,
     require_tokens,
 )
+from shrinkformer.utils.files import scratch_beside
 from shrinkformer.utils.inputs import accepted_inputs
 from shrinkformer.utils.modes import evaluation_mode
 
@@ -137,15 +136,11 @@ def write_checked(program: Any, path: Path, checks: Sequence[tuple[Inputs, Input
     Raises:
         ShrinkformerError: Outputs differ; nothing was written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with scratch_beside(path) as folder:
         _save(program, folder / path.name)
         check_outputs(folder / path.name, checks)
         for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # the model after its data
             os.replace(file, path.parent / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _save(program: Any, path: Path) -> None:

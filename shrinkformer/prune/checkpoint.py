@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.sentence_encoder import copy_side_files, write_side_files
 from shrinkformer.prune.stock import is_stock, stock_values
 from shrinkformer.prune.surgery import kept_sizes
+from shrinkformer.utils.files import new_folder
 
 FORMAT = 1
 PLAN_FILE = "shrinkformer_plan.json"
@@ -100,14 +100,8 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     if not may_be_replaced(target):
         raise CheckpointError(f"{target} exists and is not a checkpoint of shrinkformer; choose another --save_dir.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        folder = Path(scratch) / target.name
-        folder.mkdir()
+    with new_folder(target) as folder:
         yield folder
-        if target.exists():
-            os.replace(target, Path(scratch) / "replaced")
-        os.replace(folder, target)
 
 
 def may_be_replaced(folder: Path) -> bool:
@@ -225,6 +219,7 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     if is_stock(config) and not (path / PLAN_FILE).exists():
         raise CheckpointError(f"{path} was not pruned by shrinkformer; load it with transformers' Auto classes.")
     model: PreTrainedModel = written_class(path, config).from_pretrained(path, **kwargs)
+    pruned_modeling.align(model)  # a stock class does not
     return model
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.prune.damage import Damage
 from shrinkformer.prune.levels import BlockLevels
 from shrinkformer.prune.statistics import Progress
+from shrinkformer.utils.journal import Journal
 
 HEADS, QUERIES, VALUES, NEURONS = PARTS = ("heads", "query_width", "value_width", "neurons")
 
@@ -68,7 +70,12 @@ def narrowable(view: LayerView) -> tuple[str, ...]:
 
 
 def measure_curves(
-    levels: Sequence[BlockLevels], damage: Damage, *, whole_heads: bool, progress: Progress = iter
+    levels: Sequence[BlockLevels],
+    damage: Damage,
+    *,
+    whole_heads: bool,
+    progress: Progress = iter,
+    values: Journal | None = None,
 ) -> list[BlockCurves]:
     """Measure the curves of every part of every block, each with all else as in the dense model.
 
@@ -77,8 +84,9 @@ def measure_curves(
         damage: Of the dense model.
         whole_heads: Heads keep their width.
         progress: Wraps the loop over the blocks.
+        values: Measured by an interrupted run, and now.
     """
-    blocks = [level.view.block for level in levels]
+    values = values or Journal()
     found = []
     for view in progress([level.view for level in levels]):
         level = levels[view.index]
@@ -89,11 +97,17 @@ def measure_curves(
             sizes = sorted({max(1, round(share * full)) for share in _SHARES[part]} - {full}) if part in parts else []
             measured = []
             for kept in sizes:
-                block = level.build(sized(level.size, **{part: kept})).block
-                measured.append(damage.of([*blocks[: view.index], block, *blocks[view.index + 1 :]], view.index))
+                measure = partial(_measure, levels, damage, view.index, sized(level.size, **{part: kept}))
+                measured.append(values.value(f"curve of block {view.index}, {part} {kept}", measure))
             curves[part] = Curve(tuple(sizes), tuple(measured), full)
         found.append(curves)
     return found
+
+
+def _measure(levels: Sequence[BlockLevels], damage: Damage, index: int, size: LayerSize) -> float:
+    """What one smaller block does."""
+    blocks = [level.view.block for level in levels]
+    return damage.of([*blocks[:index], levels[index].build(size).block, *blocks[index + 1 :]], index)
 
 
 def sized(size: LayerSize, **changes: int) -> LayerSize:

@@ -1,13 +1,16 @@
 """Hidden states of many examples: on the device, in main memory, or on disk."""
 
-import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from weakref import finalize
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from shrinkformer.utils.files import scratch_beside
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Spilled:
 
     def __init__(self, offload: Offload, device: torch.device) -> None:
         offload.directory.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(dir=offload.directory, prefix="hidden.")
+        self._stack = ExitStack()
+        self._folder = self._stack.enter_context(scratch_beside(offload.directory / "hidden"))
+        finalize(self, self._stack.close)  # hidden states are as large as the disk may be
         self._limit, self._held, self._device = offload.limit, 0, device
         self._in_memory: dict[int, Tensor] = {}
         self._on_disk: dict[int, tuple[torch.dtype, torch.Size]] = {}
@@ -70,7 +75,7 @@ class Spilled:
         self._on_disk[index] = hidden.dtype, hidden.shape
 
     def _file(self, index: int) -> Path:
-        return Path(self._folder.name) / f"{index}.bin"
+        return self._folder / f"{index}.bin"
 
 
 def hidden_states(offload: Offload | None, device: torch.device) -> HiddenStates:

@@ -15,12 +15,14 @@ from shrinkformer.architectures import LayerView, Projection, layer_views, unit_
 from shrinkformer.errors import NumericalError
 from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import describe_sizes
+from shrinkformer.prune.choices import Choice, layer_plan, read_choices, write_choices
 from shrinkformer.prune.methods import LayerRanking, Method, get_method
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.plan import LayerPlan, Plan
 from shrinkformer.prune.refit import Consumer, correct_consumer, slice_consumer
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
+from shrinkformer.prune.resume import WeightFiles
 from shrinkformer.prune.statistics import Batches, LayerMoments, Progress, Statistics, stream_statistics
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.prune.surgery import remove_heads, remove_neurons, with_blocks
@@ -75,7 +77,8 @@ class Ranked:
             counts = self.allocate(budget)
         with timed(seconds, "refit"):
             config = copy.deepcopy(self.model.config)
-            views, layers = zip(*self.prune_blocks(counts, config), strict=True)
+            finished = self.resources.ledger.blocks(budget, self.method.name)
+            views, layers = zip(*self.prune_blocks(counts, config, finished), strict=True)
             model = with_blocks(self.model, [view.block for view in views], config)
         plan = self.plan(budget, counts, layers)
         describe_sizes(model, plan)
@@ -95,12 +98,15 @@ class Ranked:
         )
 
     @torch.no_grad()
-    def prune_blocks(self, counts: Counts, config: PreTrainedConfig) -> Iterator[tuple[LayerView, LayerPlan]]:
+    def prune_blocks(
+        self, counts: Counts, config: PreTrainedConfig, finished: WeightFiles | None = None
+    ) -> Iterator[tuple[LayerView, LayerPlan]]:
         """Smaller copies of the blocks, first to last; only one of them needs to be in memory at a time.
 
         Args:
             counts: How many heads and neurons every block keeps.
             config: The configuration that the copies refer to.
+            finished: Keeps what replaces the consumers of finished blocks, and gives back that of an interrupted run.
 
         As published: neurons are refitted on what they compute in the dense model; heads are ordered and refitted on
         what they compute in the model without the removed neurons, and only how many of them each block keeps was
@@ -112,19 +118,37 @@ class Ranked:
         for dense in layer_views(self.model):
             with self.resources.weights.resident(dense.index):
                 view = replace(dense, block=copy.deepcopy(dense.block, {id(self.model.config): config}))
-            layer = self._remove_neurons(view, counts.neurons[view.index])
-            yield view, self._remove_heads(view, counts.heads[view.index], layer, stream)
+            yield view, self._prune_block(view, counts, stream, finished)
 
-    def _remove_neurons(self, view: LayerView, count: int) -> LayerPlan:
+    def _prune_block(
+        self, view: LayerView, counts: Counts, stream: BlockStream | None, finished: WeightFiles | None
+    ) -> LayerPlan:
+        """Make a block smaller, in place, and send the examples through it, all its heads still there."""
+        index, workers = view.index, self.resources.workers
+        known = None
+        if finished is not None and workers.broadcast(finished.holds(index)):
+            known = read_choices(finished, view)
+        neurons = self._choose_neurons(view, counts.neurons[index]) if known is None else known[1]
+        if len(neurons.kept) < view.neurons:
+            remove_neurons(view, neurons.kept, neurons.consumer)
+        heads = self._choose_heads(view, counts.heads[index], stream) if known is None else known[0]
+        if known is not None and stream is not None:
+            stream.run(view.block)
+        if known is None and finished is not None:
+            if workers.is_main:
+                write_choices(finished, view, heads, neurons)
+            workers.barrier()
+        if len(heads.kept) < view.heads:
+            remove_heads(view, heads.kept, heads.consumer)
+        return layer_plan(heads, neurons)
+
+    def _choose_neurons(self, view: LayerView, count: int) -> Choice:
         moments = self.statistics.of(view).neurons if self.statistics and count < view.neurons else None
         linear = view.feed_forward_output
         kept = _best(self.rankings[view.index].neurons.order, count, linear.weight.device)
-        consumer = self._consumer(linear, moments, kept)
-        if count < view.neurons:
-            remove_neurons(view, kept, consumer)
-        return LayerPlan(heads=(), neurons=tuple(kept.tolist()), ffn_error=consumer.error)
+        return Choice(kept, self._consumer(linear, moments, kept))
 
-    def _remove_heads(self, view: LayerView, count: int, layer: LayerPlan, stream: BlockStream | None) -> LayerPlan:
+    def _choose_heads(self, view: LayerView, count: int, stream: BlockStream | None) -> Choice:
         order, moments, linear = self.rankings[view.index].heads.order, None, view.attention_output
         if stream is not None:
             moments = Moments.zeros(linear.in_features, linear.weight.device)
@@ -132,10 +156,7 @@ class Ranked:
             moments.all_reduce()
             order = self.method.rank_heads(view, moments, self.seed).order
         kept = _best(order, count, linear.weight.device)
-        consumer = self._consumer(linear, moments, unit_columns(kept, view.head_width))
-        if count < view.heads:
-            remove_heads(view, kept, consumer)
-        return replace(layer, heads=tuple(kept.tolist()), attention_error=consumer.error)
+        return Choice(kept, self._consumer(linear, moments, unit_columns(kept, view.head_width)))
 
     def _consumer(self, linear: Projection, moments: Moments | None, kept: Tensor) -> Consumer:
         if moments is None or len(kept) == linear.in_features:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from shrinkformer.prune.hidden import Offload
+from shrinkformer.prune.ledger import Ledger
 from shrinkformer.prune.resume import BlockStore
 from shrinkformer.utils.parallel import ALONE, Workers
 
@@ -33,9 +34,11 @@ class Resources:
         offload: Where hidden states go that do not fit; with it, second moments are kept in ``store`` only.
         store: Keeps the second moments of finished blocks on disk, and gives back those of an interrupted run.
         workers: The processes that share the calibration examples.
+        ledger: What an interrupted run found, and where what is found now is kept.
     """
 
     weights: BlockWeights = field(default_factory=InMemory)
     offload: Offload | None = None
     store: BlockStore | None = None
     workers: Workers = ALONE
+    ledger: Ledger = field(default_factory=Ledger)

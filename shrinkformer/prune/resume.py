@@ -1,6 +1,7 @@
 """Finished blocks on disk, so that a crash or a kill costs one block at most."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,15 @@ def fingerprint(
         _add(digest, name, tensor)
     for batch in batches:
         for name in ("input_ids", "attention_mask"):
+            _add(digest, name, batch[name])
+    return digest.hexdigest()
+
+
+def examples_digest(batches: Iterable[Mapping[str, Tensor]]) -> str:
+    """A digest of calibration inputs alone."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in batches:
+        for name in sorted(batch):
             _add(digest, name, batch[name])
     return digest.hexdigest()
 
@@ -118,6 +128,19 @@ class BlockStore(BlockFiles):
                 for entry, tensor in state.state_dict().items()
             },
         )
+
+
+class WeightFiles(BlockFiles):
+    """The weights of finished blocks, under any names, with some numbers."""
+
+    def read(self, block: int, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Weights of a finished block by name, on a device, and its numbers."""
+        tensors, metadata = self._load(block, device)
+        return tensors, json.loads(metadata["numbers"])
+
+    def write(self, block: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
+        """Keep the weights of a block, and numbers that belong to it."""
+        self._save(block, tensors, {"numbers": json.dumps(dict(numbers))})
 
 
 def _read_key(file: Path) -> str | None:

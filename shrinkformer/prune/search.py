@@ -5,6 +5,7 @@ or make each other's errors worse; so the first plan is improved by small steps 
 model itself. Both are the same knapsack.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,8 +19,10 @@ from shrinkformer.prune.budget import CostModel
 from shrinkformer.prune.curves import HEADS, NEURONS, QUERIES, VALUES, BlockCurves, sized
 from shrinkformer.prune.damage import Damage
 from shrinkformer.prune.knapsack import Option, choose, frontier, wary
+from shrinkformer.prune.ledger import name_of
 from shrinkformer.prune.levels import BlockLevels
 from shrinkformer.prune.uniform import uniform_counts
+from shrinkformer.utils.journal import Journal
 from shrinkformer.utils.parallel import ALONE, Workers
 
 _SLACK = 1e-9  # of the budget, for rounding in sums
@@ -60,6 +63,7 @@ class Search:
         seconds: The improvement stops after so long.
         say: Gets a line for every round.
         workers: All of them stop at the same time.
+        values: Measured by an interrupted run, and now.
     """
 
     def __init__(
@@ -72,7 +76,9 @@ class Search:
         seconds: float,
         say: Say = lambda _: None,
         workers: Workers = ALONE,
+        values: Journal | None = None,
     ) -> None:
+        self._values = values or Journal()
         self._levels, self._curves, self._damage, self._costs = levels, curves, damage, costs
         self._seconds, self._say, self._workers = seconds, say, workers
         self._allowance = costs.budget.mu * costs.dense * (1 - _SLACK)
@@ -121,11 +127,11 @@ class Search:
         plans = sorted((self._costs.sizes(counts) for counts in uniform_counts(self._costs)), key=self._expected)
         limit = _HOPELESS * self._expected(plans[0])
         self._say(f"first plan, all blocks alike: expected divergence {self._expected(plans[0]):.5f}")
-        began, best, least = perf_counter(), plans[0], float("inf")
+        began, best, least = self._clock(), plans[0], float("inf")
         for sizes in [sizes for sizes in plans if self._expected(sizes) <= limit]:
-            if not self._workers.broadcast(perf_counter() - began < self._seconds):
+            if not self._workers.broadcast(self._clock() - began < self._seconds):
                 break
-            damage = self._damage.of(self._build(sizes))
+            damage = self._measured(sizes)
             self._say(f"{sizes[0].heads} heads, {sizes[0].neurons} neurons: divergence {damage:.5f}")
             if damage < least:
                 best, least = sizes, damage
@@ -174,18 +180,17 @@ class Search:
 
     def _improve(self, sizes: list[LayerSize]) -> Found:
         """Change what measurably helps, several parts at once, as long as that is worth the time."""
-        began, step, sweeps, first = perf_counter(), 0.25, 0, sizes
-        blocks = self._build(sizes)
-        least = self._damage.of(blocks)
+        began, step, sweeps, first = self._clock(), 0.25, 0, sizes
+        least = self._measured(sizes)
         self._say(f"measured divergence {least:.5f}")
-        while self._workers.broadcast(perf_counter() - began < self._seconds) and step >= _SMALLEST_STEP:
-            groups = self._neighbours(sizes, blocks, least, step)
+        while self._workers.broadcast(self._clock() - began < self._seconds) and step >= _SMALLEST_STEP:
+            groups = self._neighbours(sizes, least, step)
             found = self._attempt(groups, sizes, least)
             sweeps += 1
             if found is None:
                 step /= 2
                 continue
-            before, (sizes, blocks, least) = least, found
+            before, (sizes, least) = least, found
             self._say(f"round {sweeps}: divergence {least:.5f}")
             if least > before * (1 - _WORTHWHILE):
                 break
@@ -193,29 +198,31 @@ class Search:
 
     def _attempt(
         self, groups: Sequence[Sequence[Option[LayerSize]]], sizes: list[LayerSize], least: float
-    ) -> tuple[list[LayerSize], list[nn.Module], float] | None:
+    ) -> tuple[list[LayerSize], float] | None:
         """The best combination of measured changes, with fewer of them as long as they do not add up."""
         for caution in _CAUTION:
             chosen = self._joined(choose(wary(groups, caution * least), self._allowance)[0])
             if chosen == sizes:
                 continue
-            blocks = self._build(chosen)
-            damage = self._damage.of(blocks)
+            damage = self._measured(chosen)
             if damage < least * (1 - _GAIN):
-                return chosen, blocks, damage
+                return chosen, damage
         return None
 
-    def _neighbours(
-        self, sizes: Sequence[LayerSize], blocks: Sequence[nn.Module], least: float, step: float
-    ) -> list[list[Option[LayerSize]]]:
+    def _neighbours(self, sizes: Sequence[LayerSize], least: float, step: float) -> list[list[Option[LayerSize]]]:
         """What single changes add to the damage of the model as it is; the first of each group is no change."""
+        blocks = self._build(sizes)
         self._damage.enter(blocks)
         groups = []
         for index, size in enumerate(sizes):
 
             def added(changed: LayerSize, index: int = index) -> float:
-                block = self._levels[index].build(changed).block
-                return self._damage.of([*blocks[:index], block, *blocks[index + 1 :]], index) - least
+                def measure() -> float:
+                    block = self._levels[index].build(changed).block
+                    return self._damage.of([*blocks[:index], block, *blocks[index + 1 :]], index)
+
+                plan = [*sizes[:index], changed, *sizes[index + 1 :]]
+                return self._values.value(self._name(plan, f"from {index}"), measure) - least
 
             attention = [self._attention(size, 0.0)]
             attention += [self._attention(one, added(one)) for one in self._attention_changes(index, size)]
@@ -242,6 +249,18 @@ class Search:
         nearest = {min(grid, key=lambda kept: abs(kept - neurons)) for neurons in wanted}
         for neurons in sorted(nearest - {size.neurons}):
             yield sized(size, neurons=neurons)
+
+    def _measured(self, sizes: Sequence[LayerSize]) -> float:
+        return self._values.value(self._name(sizes), lambda: self._damage.of(self._build(sizes)))
+
+    def _name(self, sizes: Sequence[LayerSize], more: str = "") -> str:
+        """Of a measured value; long lists of sizes are known by their digest."""
+        digest = hashlib.blake2b(repr(list(sizes)).encode(), digest_size=8).hexdigest()
+        return f"search, {name_of(self._costs.budget)}, {digest} {more}"
+
+    def _clock(self) -> float:
+        """Seconds, with those that an interrupted run took for what is taken up from it."""
+        return perf_counter() + self._values.spared
 
     def _build(self, sizes: Sequence[LayerSize]) -> list[nn.Module]:
         return [level.build(size).block for level, size in zip(self._levels, sizes, strict=True)]

@@ -6,7 +6,7 @@ residual stream has lost before it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from shrinkformer.architectures import LayerView, Projection, layer_views
 from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.passes import BlockPasses, DensePass
 from shrinkformer.prune.regression import Fit, Sums, ridge_regression
+from shrinkformer.prune.resume import WeightFiles
 from shrinkformer.prune.sensitivity import ATTENTION, FEED_FORWARD, Sensitivity
 from shrinkformer.prune.sites import Site, block_sites
 from shrinkformer.prune.statistics import Batches, Progress
@@ -40,6 +41,7 @@ def refit_blocks(
     *,
     workers: Workers = ALONE,
     progress: Progress = iter,
+    finished: WeightFiles | None = None,
 ) -> list[RefitErrors]:
     """Refit all linear layers of smaller blocks, first to last; in place.
 
@@ -50,6 +52,7 @@ def refit_blocks(
         sensitivity: How much each token counts.
         workers: Share the examples; all of them get the same weights.
         progress: Wraps the loop over the blocks.
+        finished: Keeps refitted blocks on disk, and gives back those of an interrupted run.
 
     Source:
         Errors of earlier layers as part of the target: Park et al., K-prune, arXiv 2308.03449, section 3.4. Here
@@ -68,6 +71,11 @@ def refit_blocks(
             stream.run(view.block)
             errors.append(RefitErrors(0.0, 0.0))
             continue
+        if finished is not None and workers.broadcast(finished.holds(view.index)):
+            errors.append(_take_up(view, finished))
+            dense_stream.run(dense_view.block)
+            stream.run(view.block)
+            continue
         dense, passes = DensePass(dense_stream, dense_view, sites), BlockPasses(stream, view)
         found = {}
         for site in sites:
@@ -76,7 +84,17 @@ def refit_blocks(
         passes.advance()
         attention, feed_forward = (found[site].error for site in sites if site.residual)
         errors.append(RefitErrors(attention, feed_forward))
+        if finished is not None:
+            if workers.is_main:
+                finished.write(view.index, view.block.state_dict(), asdict(errors[-1]))
+            workers.barrier()
     return errors
+
+
+def _take_up(view: LayerView, finished: WeightFiles) -> RefitErrors:
+    tensors, numbers = finished.read(view.index, view.attention_output.weight.device)
+    view.block.load_state_dict(tensors)
+    return RefitErrors(**numbers)
 
 
 def _first_changed(dense: Sequence[LayerView], blocks: Sequence[LayerView]) -> int:

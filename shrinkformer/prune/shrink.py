@@ -17,6 +17,7 @@ from shrinkformer.prune.curves import QUERIES, BlockCurves, measure_curves, narr
 from shrinkformer.prune.damage import FEW_TOKENS, Damage
 from shrinkformer.prune.divergence import Judge
 from shrinkformer.prune.latency_table import LatencyCosts, LatencyTable
+from shrinkformer.prune.ledger import name_of
 from shrinkformer.prune.levels import BlockLevels
 from shrinkformer.prune.methods import SHRINK
 from shrinkformer.prune.plan import LayerPlan, Plan
@@ -115,15 +116,16 @@ class Shrinker:
                 seconds=self.config.search_seconds,
                 say=self.config.say,
                 workers=self.resources.workers,
+                values=self.resources.ledger.values,
             )
             found = search.run()
         plans = {SHRINK: found.sizes} if found.first == found.sizes else {SHRINK: found.sizes, UNSEARCHED: found.first}
         with timed(seconds, "refit"):
-            candidates = {name: self._refitted(costs, sizes, self.batches) for name, sizes in plans.items()}
+            candidates = {name: self._refitted(costs, sizes, self.batches, name) for name, sizes in plans.items()}
         with timed(seconds, "safety"):
             if self.latency is None:
                 candidates[RIVAL] = self.rival.prune(budget)
-            divergences = {name: self.judge.of(made.model) for name, made in candidates.items()}
+            divergences = {name: self._judged(budget, name, made.model) for name, made in candidates.items()}
         shown = ", ".join(f"{name} {value:.5f}" for name, value in divergences.items())
         self.config.say(f"divergence on examples set aside: {shown}")
         name = min(divergences, key=divergences.__getitem__)
@@ -131,7 +133,7 @@ class Shrinker:
         uniform = search.cost_of_uniformity(layer_sizes(layer_views(best.model))) if budget.uniform else {}
         if name in plans and self._are_few:  # those that have judged help now
             with timed(seconds, "refit"):
-                best = self._refitted(costs, plans[name], together(self.batches, self.aside))
+                best = self._refitted(costs, plans[name], together(self.batches, self.aside), f"{name}, all examples")
         return Pruned(best.model, replace(best.plan, divergences=divergences, uniform=uniform), seconds)
 
     def prune_to(self, sizes: Sequence[LayerSize], sequence_length: float) -> Pruned:
@@ -146,7 +148,7 @@ class Shrinker:
         seconds: dict[str, float] = {}
         with timed(seconds, "refit"):
             costs = replace(costs, budget=Budget(mu, sequence_length))
-            pruned = self._refitted(costs, sizes, together(self.batches, self.aside))
+            pruned = self._refitted(costs, sizes, together(self.batches, self.aside), "sizes that were given")
         return Pruned(pruned.model, pruned.plan, seconds)
 
     @property
@@ -165,8 +167,12 @@ class Shrinker:
         timed_costs.require_feasible()
         return timed_costs
 
-    def _refitted(self, costs: CostModel, sizes: Sequence[LayerSize], batches: Batches) -> Pruned:
-        """A model of these sizes, fitted to some examples."""
+    def _judged(self, budget: Budget, name: str, model: PreTrainedModel) -> float:
+        """Divergence on the examples that were set aside."""
+        return self.resources.ledger.values.value(f"set aside, {name_of(budget)}, {name}", lambda: self.judge.of(model))
+
+    def _refitted(self, costs: CostModel, sizes: Sequence[LayerSize], batches: Batches, name: str) -> Pruned:
+        """A model of these sizes, fitted to some examples; its blocks are kept under a name as they are finished."""
         model = self._assembled(sizes)
         errors = refit_blocks(
             self.model,
@@ -175,6 +181,7 @@ class Shrinker:
             self.sensitivity,
             workers=self.resources.workers,
             progress=self.progress,
+            finished=self.resources.ledger.blocks(costs.budget, name),
         )
         plan = self._plan(costs, sizes, errors)
         describe_sizes(model, plan)
@@ -251,10 +258,13 @@ def learn(
     seconds["calibration"] = perf_counter() - began
     with timed(seconds, "selection"):
         few = Damage(model, batches, workers, tokens=FEW_TOKENS)
-        curves = measure_curves(levels, few, whole_heads=config.whole_heads, progress=progress)
+        curves = measure_curves(
+            levels, few, whole_heads=config.whole_heads, progress=progress, values=resources.ledger.values
+        )
         damage, judge = Damage(model, batches, workers), Judge(model, aside, workers)
         latency = LatencyTable.measure(model, config.latency_shape, narrow=narrow) if config.latency_shape else None
-        rival = rank_units(model, batches, method=RIVAL, seed=seed, resources=Resources(workers=workers), moments=found)
+        shared = Resources(workers=workers, ledger=resources.ledger)
+        rival = rank_units(model, batches, method=RIVAL, seed=seed, resources=shared, moments=found)
     return Shrinker(
         model=model,
         batches=batches,

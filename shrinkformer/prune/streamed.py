@@ -50,7 +50,7 @@ def prune_to_folder(
     with timed(seconds, "allocation"):
         counts = calibrated.allocate(budget)
     model, config = calibrated.model, copy.deepcopy(calibrated.model.config)
-    blocks = calibrated.prune_blocks(counts, config)
+    blocks = calibrated.prune_blocks(counts, config, calibrated.resources.ledger.blocks(budget, calibrated.method.name))
     if not calibrated.resources.workers.is_main:
         return calibrated.plan(budget, counts, [layer for _, layer in blocks]), seconds
     prefix = block_prefix(model)

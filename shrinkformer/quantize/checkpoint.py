@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers.pytorch_utils import Conv1D
 
 from shrinkformer.errors import CheckpointError, InputError
-from shrinkformer.prune import checkpoint
+from shrinkformer.prune import checkpoint, pruned_modeling
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.shards import ShardWriter
 from shrinkformer.prune.streamed import add_tensors, tied_weights
@@ -236,4 +236,5 @@ def load(
     dtype = kwargs.pop("dtype", None) or config.dtype or torch.float32
     state = read_quantized_state_dict(path, section, dtype)
     model: PreTrainedModel = chosen.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)
+    pruned_modeling.align(model)
     return model.eval()

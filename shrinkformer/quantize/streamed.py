@@ -144,7 +144,8 @@ def _blocks(
         return
     calibrated, budget = pruning
     counts = calibrated.allocate(budget)
-    for view, layer in calibrated.prune_blocks(counts, config):
+    finished = calibrated.resources.ledger.blocks(budget, calibrated.method.name)
+    for view, layer in calibrated.prune_blocks(counts, config, finished):
         layers.append(layer)
         yield view
 

@@ -1,0 +1,172 @@
+"""What a run has finished, on disk: nothing of it is computed twice, and nothing foreign is taken up."""
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+
+import shrinkformer
+from shrinkformer.errors import InputError
+from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.resume import BlockFiles, BlockStore, WeightFiles
+from shrinkformer.utils.files import write_atomically
+from shrinkformer.utils.journal import Journal
+
+IDENTITY_FILE, VALUES_FILE = "identity.json", "values.jsonl"
+_FINISHED = "finished, "
+
+Files = TypeVar("Files", bound=BlockFiles)
+
+
+class Ledger:
+    """A folder with what a run has found so far.
+
+    Args:
+        folder: Where it is; None keeps nothing.
+        data: Where weights and moments go, in a folder of their own that disappears in the end; by default there too.
+        identity: All that the results depend on, each with a name that a user knows.
+        resume: Take up what is there; otherwise it is deleted.
+        writes: Whether this process writes; of several processes one does.
+
+    Raises:
+        InputError: What is there belongs to something else.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        identity: Mapping[str, str] | None = None,
+        *,
+        data: Path | None = None,
+        resume: bool = False,
+        writes: bool = True,
+    ) -> None:
+        self.folder = folder
+        self.data = folder / "blocks" if folder is not None and data is None else data
+        self._identity = dict(identity or {})
+        self._writes = writes
+        if folder is not None and writes:
+            self._begin(folder, resume)
+        self.values = Journal(None if folder is None else folder / VALUES_FILE, writes=writes)
+
+    @property
+    def key(self) -> str:
+        """Digest of all that the results depend on."""
+        text = json.dumps(self._identity, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def moments(self) -> BlockStore | None:
+        """The second moments of finished blocks."""
+        return None if self.data is None else BlockStore(self.data / "moments", self.key, resume=True)
+
+    def blocks(self, budget: Budget, model: str) -> WeightFiles | None:
+        """The weights of finished blocks of one of the models that are made for a budget."""
+        return self.files(WeightFiles, budget, model)
+
+    def files(self, kind: Callable[..., Files], budget: Budget, name: str, asked: str = "") -> Files | None:
+        """Files of finished blocks.
+
+        Args:
+            kind: A kind of :class:`~shrinkformer.prune.resume.BlockFiles`.
+            budget: What the blocks are for.
+            name: Tells them from others for the same budget.
+            asked: What they depend on beside all that the ledger knows.
+
+        Raises:
+            InputError: What is there depends on something else.
+        """
+        folder = self._of(budget)
+        return None if folder is None else kind(folder / _as_file_name(name), self.key + asked, resume=True)
+
+    def forget(self, budget: Budget) -> None:
+        """Delete the blocks of a budget whose result is saved."""
+        folder = self._of(budget)
+        if folder is not None and self._writes:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def finished(self, budget: Budget) -> Any:
+        """What :meth:`finish` was told of a budget, by an interrupted run; None if it is not finished."""
+        return self.values.known(f"{_FINISHED}{name_of(budget)}")
+
+    def finish(self, budget: Budget, result: Mapping[str, str]) -> None:
+        """Note that the result of a budget is saved and reported; its blocks are deleted."""
+        self.values.note(f"{_FINISHED}{name_of(budget)}", dict(result))
+        self.forget(budget)
+
+    def settle(self) -> None:
+        """At the end of a run: keep only which budgets are finished."""
+        if self.data is not None and self._writes:
+            shutil.rmtree(self.data, ignore_errors=True)
+            self.values.keep_only(_FINISHED)
+
+    def clear(self) -> None:
+        """Delete everything; what says whose it is goes first, so that the rest is never taken up."""
+        if self.folder is not None and self.data is not None and self._writes:
+            (self.folder / IDENTITY_FILE).unlink(missing_ok=True)
+            shutil.rmtree(self.data, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _of(self, budget: Budget) -> Path | None:
+        return None if self.data is None else self.data / name_of(budget)
+
+    def _begin(self, folder: Path, resume: bool) -> None:
+        if not resume:
+            self.clear()
+        file = folder / IDENTITY_FILE
+        if not file.exists():  # nothing is there, or something whose origin nobody knows
+            self.clear()
+            write_atomically(file, json.dumps(self._identity, indent=2) + "\n")
+            return
+        try:
+            earlier: dict[str, str] = dict(json.loads(file.read_bytes()))
+        except (ValueError, TypeError):
+            raise InputError(f"--resume: {file} cannot be read; leave --resume out to start anew.") from None
+        differing = [_difference(name, earlier, self._identity) for name in {**earlier, **self._identity}]
+        if any(differing):
+            raise InputError(
+                f"--resume: {folder} was begun with {' and '.join(filter(None, differing))}; "
+                "repeat the earlier command exactly, or leave --resume out to start anew."
+            )
+
+
+def _difference(name: str, earlier: Mapping[str, str], now: Mapping[str, str]) -> str:
+    before, after = earlier.get(name), now.get(name)
+    if before == after:
+        return ""
+    if name.startswith("--") or name in _PACKAGES:
+        return f"{name} {before} (now {after})"
+    return f"other {name}"
+
+
+def name_of(budget: Budget) -> str:
+    """A short name of a budget that no other has."""
+    return f"mu{budget.mu:g}-{hashlib.blake2b(repr(budget).encode(), digest_size=4).hexdigest()}"
+
+
+def _as_file_name(name: str) -> str:
+    return "".join(character if character.isalnum() or character in "-." else "-" for character in name)
+
+
+_PACKAGES = ("torch", "transformers")
+
+
+@cache
+def code_identity() -> dict[str, str]:
+    """Versions of what computes: other code may give other bits."""
+    digest = hashlib.blake2b(digest_size=16)
+    folder = Path(shrinkformer.__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return {
+        f"code of shrinkformer {importlib.metadata.version('shrinkformer')}": digest.hexdigest(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

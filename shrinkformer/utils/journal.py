@@ -1,0 +1,80 @@
+"""Values that took long to find, on disk as soon as they are found."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+from shrinkformer.utils.files import write_atomically
+
+Value = TypeVar("Value")
+
+
+class Journal:
+    """Values by name, one JSON line each. What an interrupted run found is taken up instead of found again.
+
+    Floats keep every bit. A line that a kill or a full disk tore is forgotten, with all behind it.
+
+    Args:
+        file: Where the lines are; None keeps nothing.
+        writes: Whether this process writes new ones; of several processes one does.
+    """
+
+    def __init__(self, file: Path | None = None, *, writes: bool = True) -> None:
+        self._file, self._writes = file, writes
+        self._known: dict[str, tuple[Any, float]] = {}
+        self.spared = 0.0
+        """Seconds that it took to find what was taken up, so that limits in time hold for both runs together."""
+        if file is not None and file.exists():
+            self._read(file)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def value(self, name: str, find: Callable[[], Value]) -> Value:
+        """A value that is known, or found now.
+
+        Args:
+            name: Of the value; the same name stands for the same value.
+            find: Finds it: a number, or what else JSON holds.
+        """
+        if name in self._known:
+            value, seconds = self._known[name]
+            self.spared += seconds
+            known: Value = value
+            return known
+        began = perf_counter()
+        found = find()
+        self.note(name, found, perf_counter() - began)
+        return found
+
+    def known(self, name: str) -> Any:
+        """What an earlier run noted under a name, or None."""
+        return self._known[name][0] if name in self._known else None
+
+    def note(self, name: str, value: Any, seconds: float = 0.0) -> None:
+        """Keep a value for later runs, and how long it took to find it."""
+        if self._file is None or not self._writes:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"name": name, "value": value, "seconds": round(seconds, 3)}) + "\n")
+
+    def keep_only(self, prefix: str) -> None:
+        """Forget all values but those whose names begin with a prefix."""
+        if self._file is not None and self._writes and self._file.exists():
+            lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_atomically(self._file, "".join(line for line in lines if json.loads(line)["name"].startswith(prefix)))
+
+    def _read(self, path: Path) -> None:
+        whole = []
+        for line in path.read_bytes().split(b"\n")[:-1]:  # what no line end follows was torn
+            try:
+                entry = json.loads(line)
+                self._known[entry["name"]] = entry["value"], entry["seconds"]
+            except (ValueError, TypeError, KeyError):
+                break
+            whole.append(line + b"\n")
+        if self._writes and sum(map(len, whole)) < path.stat().st_size:
+            write_atomically(path, b"".join(whole))
