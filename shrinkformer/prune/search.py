@@ -6,7 +6,7 @@ model itself. Both are the same knapsack.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from time import perf_counter
 
@@ -42,11 +42,18 @@ class Found:
         sizes: Of the blocks.
         damage: On the examples, before any refit to the pruned model; infinite where nothing was measured.
         first: Sizes of the first plan, from curves alone.
+        expected: What the curves add up to for these.
     """
 
     sizes: list[LayerSize]
     damage: float
     first: list[LayerSize]
+    expected: float = 0.0
+
+    @property
+    def predicted(self) -> float:
+        """Damage of the plan, as far as it is known before any refit."""
+        return self.expected if self.damage == float("inf") else self.damage
 
 
 class Search:
@@ -91,7 +98,7 @@ class Search:
             return Found(dense, 0.0, dense)
         sizes, expected = self._first_plan()
         self._say(f"first plan: expected divergence {expected:.5f}")
-        return self._improve(sizes)
+        return replace(self._improve(sizes), expected=expected)
 
     def cost_of_uniformity(self, sizes: Sequence[LayerSize]) -> dict[str, float]:
         """What the curves add up to for blocks that are all alike, and for those of the best plan that is free.
@@ -129,7 +136,7 @@ class Search:
             self._say(f"{sizes[0].heads} heads, {sizes[0].neurons} neurons: divergence {damage:.5f}")
             if damage < least:
                 best, least = sizes, damage
-        return Found(best, least, plans[0])
+        return Found(best, least, plans[0], self._expected(plans[0]))
 
     def _expected(self, sizes: Sequence[LayerSize]) -> float:
         """What the curves add up to; heads are whole."""

@@ -11,10 +11,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from shrinkformer.architectures import layer_views
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import complete, describe, replacing
+from shrinkformer.prune.health import require_finite
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.shards import ShardWriter
+from shrinkformer.utils.precision import rounded
 
 SHARD_BYTES = 1e9
 """Size of the files of a streamed checkpoint: so much is held in memory until it is written."""
@@ -93,6 +95,12 @@ def outside_blocks(model: PreTrainedModel, prefix: str) -> dict[str, Tensor]:
 
 
 def add_tensors(writer: ShardWriter, model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Write weights under the names that ``save_pretrained`` gives them: those of the hub, not always the model's."""
+    """Write weights under the names that ``save_pretrained`` gives them: those of the hub, not always the model's.
+
+    Raises:
+        NumericalError: A weight is NaN or infinite, or would be in the type of the file.
+    """
+    require_finite(tensors.items(), when=" of the smaller model")
     for name, tensor in revert_weight_conversion(model, tensors).items():
-        writer.add(name, (tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()).contiguous())
+        own = rounded(name, tensor, dtype) if tensor.is_floating_point() else tensor
+        writer.add(name, own.cpu().contiguous())
