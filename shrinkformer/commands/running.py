@@ -19,6 +19,7 @@ from shrinkformer.efficiency.rounding import Rounding, choose_multiple
 from shrinkformer.errors import InputError
 from shrinkformer.prune.allocation import require_feasible
 from shrinkformer.prune.budget import Budget, CostModel
+from shrinkformer.prune.health import require_finite_weights
 from shrinkformer.prune.hidden import Offload
 from shrinkformer.prune.methods import SHRINK
 from shrinkformer.prune.pruner import calibrate
@@ -155,6 +156,7 @@ def _start(job: Job, options: PruneOptions, seconds: dict[str, float], *, lazily
     job.say(f"loading {job.source.name} from {job.source.location}{how}")
     with timed(seconds, "loading"):
         model, weights = load_model(job.source, job.chosen, job.device, job.dtype, lazily=lazily)
+        require_finite_weights(model)
         offload = None
         if lazily:
             offload = Offload(options.offload_dir or (options.output_dir / job.stem).parent, int(limit / 4))

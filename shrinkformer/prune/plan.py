@@ -108,9 +108,9 @@ def warn_of_surprise(plan: Plan) -> None:
     predicted, measured = plan.prediction["predicted"], plan.prediction["measured"]
     if measured > SURPRISE * predicted:
         warnings.warn(
-            f"mu {plan.mu:g}: divergence {measured:.5f} from the dense model on examples set aside, {predicted:.5f} "
-            f"was predicted, which is more than {SURPRISE:g} times less; the examples may be too few (--sample_batch_size) "
-            "or unlike each other",
+            f"mu {plan.mu:g}: on examples set aside the divergence from the dense model is {measured:.5f}, more than "
+            f"{SURPRISE:g} times the {predicted:.5f} that was predicted; the examples may be too few "
+            "(--sample_batch_size) or unlike each other",
             ShrinkformerWarning,
             stacklevel=3,
         )

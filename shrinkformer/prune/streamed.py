@@ -1,6 +1,7 @@
 """Prune a model that does not fit into memory: finished blocks go straight to the checkpoint."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,11 +12,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from shrinkformer.architectures import layer_views
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import complete, describe, replacing
-from shrinkformer.prune.health import require_finite
+from shrinkformer.prune.guarded import in_smaller_batches
+from shrinkformer.prune.health import faults_located, require_finite
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.shards import ShardWriter
+from shrinkformer.utils.memory import limited
 from shrinkformer.utils.precision import rounded
 
 SHARD_BYTES = 1e9
@@ -47,7 +50,21 @@ def prune_to_folder(
     Raises:
         BudgetError: The budget is below what every block must keep.
         CheckpointError: The folder exists and holds something else.
+        NumericalError: A weight would be NaN or infinite in the file.
+        OutOfMemoryError: There is not enough memory even for one example at a time.
     """
+
+    def attempt(most: int) -> tuple[Plan, dict[str, float]]:
+        some = replace(calibrated, batches=limited(calibrated.batches, most))
+        return _prune_to_folder(some, budget, directory, dtype, tokenizer)
+
+    with faults_located(calibrated.model, calibrated.batches, calibrated.resources):
+        return in_smaller_batches(attempt, calibrated.batches, calibrated.resources.workers, what="pruning")
+
+
+def _prune_to_folder(
+    calibrated: Ranked, budget: Budget, directory: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Plan, dict[str, float]]:
     seconds: dict[str, float] = {}
     with timed(seconds, "allocation"):
         counts = calibrated.allocate(budget)

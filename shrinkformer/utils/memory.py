@@ -103,6 +103,13 @@ class Halving:
             self._most = _half(most, self._what)
 
 
+def free_memory() -> None:
+    """Give back what nothing refers to any more, also what an accelerator's allocator keeps for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def largest(batches: Sequence[Batch]) -> int:
     """Examples of the largest batch, at least 1."""
     return max([1, *(_examples(batch) for batch in batches)])
@@ -128,9 +135,7 @@ def _examples(batch: Batch) -> int:
 
 def _half(most: int, what: str) -> int:
     half = (most + 1) // 2
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     warnings.warn(
         f"{what}: out of memory with {most} examples at a time; going on with {half}", ShrinkformerWarning, stacklevel=3
     )

@@ -63,8 +63,8 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             kind = str(dtype).removeprefix("torch.")
             raise NumericalError(
                 f"{name}: its largest value, {float(largest):.4g}, overflows in {kind}, the type of the checkpoint, "
-                f"which ends at {torch.finfo(dtype).max:.5g}; save the dense checkpoint in bfloat16 or float32 and start "
-                "from that, or choose a larger --mu."
+                f"which ends at {torch.finfo(dtype).max:.5g}; save the dense checkpoint in bfloat16 or float32 and "
+                "start from that, or choose a larger --mu."
             )
     return tensor.to(dtype)
 
