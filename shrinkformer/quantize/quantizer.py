@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from time import perf_counter
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import LayerView, Projection, layer_views
-from shrinkformer.errors import InputError, OutOfMemoryError
+from shrinkformer.errors import InputError
 from shrinkformer.prune.columns import ColumnSurvey, warn_of_few_tokens
 from shrinkformer.prune.fisher import output_metrics
 from shrinkformer.prune.guarded import learn_guarded
@@ -22,6 +22,7 @@ from shrinkformer.prune.sites import Site, block_sites
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.prune.streamed import block_prefix
+from shrinkformer.quantize.attempts import repeatable
 from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
 from shrinkformer.quantize.final_norm import refit_final_norm
 from shrinkformer.quantize.grid import QuantizedWeight
@@ -33,7 +34,6 @@ from shrinkformer.quantize.scales import require_scales
 from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.quantize.solver import Hessian
 from shrinkformer.quantize.target import Target, correct
-from shrinkformer.utils.memory import REMEDIES, is_out_of_memory
 from shrinkformer.utils.precision import half_precision
 
 
@@ -105,7 +105,7 @@ def _quantize(
     outside, quantized = Outside(model, batches, config, resources.workers), Quantized({}, [], config)
     names = {module: name for name, module in model.named_modules()}
     aims = None if dense is None else layer_views(dense)
-    with _repeatable(model, quantized):
+    with repeatable(model, quantized):
         outside.before(quantized)
         run.enter(model)
         for view in progress(layer_views(model)):
@@ -117,34 +117,6 @@ def _quantize(
         run.finish(model)
         outside.behind(quantized)
     return quantized
-
-
-@contextmanager
-def _repeatable(model: PreTrainedModel, found: Quantized) -> Iterator[None]:
-    """When memory runs out before the first block is finished, put back what has changed, so that all can start anew.
-
-    Raises:
-        OutOfMemoryError: Memory ran out later: what was there before is gone.
-    """
-    first = {id(parameter) for parameter in layer_views(model)[0].block.parameters()}
-    later = {id(parameter) for view in layer_views(model)[1:] for parameter in view.block.parameters()}
-    outside = found.config.also
-    changed = [one for one in model.parameters() if id(one) in first or (outside and id(one) not in later)]
-    before = [parameter.detach().clone() for parameter in changed]
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        if any(report.layer is not None for report in found.layers):
-            raise OutOfMemoryError(
-                "quantizing: out of memory when some blocks were finished, so the model is partly quantized; load it "
-                f"again and {REMEDIES}."
-            ) from None
-        with torch.no_grad():
-            for parameter, value in zip(changed, before, strict=True):
-                parameter.copy_(value)
-        raise
 
 
 def _at_least_two(batches: Batches) -> Batches:
