@@ -14,6 +14,7 @@ from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import BlockStream, model_inputs
+from shrinkformer.utils.memory import Halving
 from shrinkformer.utils.parallel import ALONE, Workers
 from shrinkformer.utils.precision import first_fault, is_finite
 
@@ -116,17 +117,21 @@ def require_finite_outputs(model: PreTrainedModel, batches: Batches, workers: Wo
 
     Raises:
         NumericalError: There is NaN or infinity among them.
+        OutOfMemoryError: There is not enough memory even for one example at a time.
     """
     require_finite_weights(model, when=" of the smaller model")
     judged: nn.Module = model.base_model if model.can_generate() else model
     some = spread(batches, _CHECKED_TOKENS)
+
+    def outputs(batch: Mapping[str, Tensor]) -> bool:
+        output, mask = judged(**model_inputs(judged, batch)), batch["attention_mask"].bool().to(model.device)
+        return all(_is_finite(part, mask) for part in _tensors(output))
+
+    in_parts = Halving("check of the smaller model")
     with torch.no_grad():
         for batch in workers.share(some):
-            mask = batch["attention_mask"].bool()
-            output = judged(**model_inputs(judged, batch))
-            if not all(_is_finite(part, mask.to(part.device)) for part in _tensors(output)):
-                place = locate_fault(model, some)
-                place = place or "NaN or infinity in its outputs on the examples"
+            if not all(fine for _, fine in in_parts(outputs, batch)):
+                place = locate_fault(model, some) or "NaN or infinity in its outputs on the examples"
                 raise NumericalError(f"the smaller model, which was not saved: {place}")
 
 
