@@ -200,7 +200,7 @@ class TestPruning:
         assert [len(layer.neurons) for layer in found.plan.layers] == expected.plan.neurons
         if method == "shrink":  # how strong a ridge is, is judged by halves of each batch
             errors = [[layer.ffn_error for layer in plan.layers] for plan in (found.plan, expected.plan)]
-            assert errors[0] == pytest.approx(errors[1], rel=0.1)
+            assert errors[0] == pytest.approx(errors[1], rel=0.3)
             return
         for name, weight in expected.model.state_dict().items():
             torch.testing.assert_close(found.model.state_dict()[name], weight, rtol=1e-3, atol=1e-4, msg=name)

@@ -1,7 +1,7 @@
 """Hidden states of many examples: on the device, in main memory, or on disk."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -10,17 +10,26 @@ import torch
 from torch import Tensor
 
 
+@dataclass
+class Ledger:
+    """How many bytes are held at the moment, by all who share a limit."""
+
+    held: int = 0
+
+
 @dataclass(frozen=True)
 class Offload:
     """Where data goes that does not fit beside the model.
 
     Attributes:
         directory: A folder for large temporary files.
-        limit: Bytes of hidden states that may stay in main memory.
+        limit: Bytes of hidden states that may stay in main memory, of all streams together.
+        ledger: Counts them.
     """
 
     directory: Path
     limit: int
+    ledger: Ledger = field(default_factory=Ledger, compare=False)
 
 
 class HiddenStates(Protocol):
@@ -44,9 +53,9 @@ class Spilled:
     """
 
     def __init__(self, offload: Offload, device: torch.device) -> None:
+        self._limit, self._ledger, self._held, self._device = offload.limit, offload.ledger, 0, device
         offload.directory.mkdir(parents=True, exist_ok=True)
         self._folder = tempfile.TemporaryDirectory(dir=offload.directory, prefix="hidden.")
-        self._limit, self._held, self._device = offload.limit, 0, device
         self._in_memory: dict[int, Tensor] = {}
         self._on_disk: dict[int, tuple[torch.dtype, torch.Size]] = {}
 
@@ -60,14 +69,21 @@ class Spilled:
     def __setitem__(self, index: int, hidden: Tensor) -> None:
         size = hidden.numel() * hidden.element_size()
         if index in self._in_memory:
-            self._held -= size
-        if index not in self._on_disk and self._held + size <= self._limit:
+            self._hold(-self._in_memory.pop(index).nbytes)
+        if index not in self._on_disk and self._ledger.held + size <= self._limit:
             self._in_memory[index] = hidden.cpu()
-            self._held += size
+            self._hold(size)
             return
         raw = hidden.detach().cpu().contiguous()
         raw.view(-1).view(torch.uint8).numpy().tofile(self._file(index))
         self._on_disk[index] = hidden.dtype, hidden.shape
+
+    def _hold(self, size: int) -> None:
+        self._held += size
+        self._ledger.held += size
+
+    def __del__(self) -> None:
+        self._ledger.held -= self._held
 
     def _file(self, index: int) -> Path:
         return Path(self._folder.name) / f"{index}.bin"

@@ -16,6 +16,7 @@ from shrinkformer.prune.guarded import in_smaller_batches
 from shrinkformer.prune.health import faults_located, require_finite
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.ranked import Ranked
+from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.shards import ShardWriter
 from shrinkformer.utils.memory import limited
@@ -23,6 +24,8 @@ from shrinkformer.utils.precision import rounded
 
 SHARD_BYTES = 1e9
 """Size of the files of a streamed checkpoint: so much is held in memory until it is written."""
+
+_LEAST_SHARD_BYTES = 3e7
 
 
 def prune_to_folder(
@@ -75,7 +78,7 @@ def _prune_to_folder(
     prefix = block_prefix(model)
     layers = []
     with replacing(directory) as folder:
-        writer = ShardWriter(folder, max_shard_bytes=SHARD_BYTES)
+        writer = ShardWriter(folder, max_shard_bytes=shard_bytes(calibrated.resources))
         with timed(seconds, "refit"):
             add_tensors(writer, model, outside_blocks(model, prefix), dtype)
             for view, layer in blocks:
@@ -90,6 +93,12 @@ def _prune_to_folder(
             model.generation_config.save_pretrained(folder)
         complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=None)
     return plan, seconds
+
+
+def shard_bytes(resources: Resources) -> float:
+    """Size of the files of a streamed checkpoint; smaller where little memory may be taken."""
+    offload = resources.offload
+    return SHARD_BYTES if offload is None else min(SHARD_BYTES, max(_LEAST_SHARD_BYTES, offload.limit))
 
 
 def block_prefix(model: PreTrainedModel) -> str:

@@ -20,7 +20,7 @@ from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.shards import ShardWriter
 from shrinkformer.prune.statistics import Batches, Progress
-from shrinkformer.prune.streamed import SHARD_BYTES, add_tensors, block_prefix, outside_blocks
+from shrinkformer.prune.streamed import add_tensors, block_prefix, outside_blocks, shard_bytes
 from shrinkformer.quantize.checkpoint import add_weights, finish_folder, require_format
 from shrinkformer.quantize.config import QuantizeConfig, Quantized
 from shrinkformer.quantize.final_norm import final_norm
@@ -137,7 +137,11 @@ def _quantize_to_folder(
         timed(found.seconds, "quantization"),
         replacing(directory) if resources.workers.is_main else nullcontext(directory) as folder,
     ):
-        sinks = _sinks(model, folder, decoded, format, dtype) if resources.workers.is_main else []
+        sinks = (
+            _sinks(model, folder, decoded, format, dtype, size=shard_bytes(resources))
+            if resources.workers.is_main
+            else []
+        )
         for view in progress(blocks):
             with resources.weights.resident(view.index):
                 for layer in run.quantize(view, layer_views(model)[view.index]):
@@ -171,10 +175,12 @@ def _norm_put_back(model: PreTrainedModel) -> Iterator[None]:
             norm.load_state_dict(before)
 
 
-def _sinks(model: PreTrainedModel, folder: Path, decoded: Path | None, format: str, dtype: torch.dtype) -> list[_Sink]:
-    sinks = [_Sink(model, ShardWriter(folder, SHARD_BYTES), FORMATS[format], dtype)]
+def _sinks(
+    model: PreTrainedModel, folder: Path, decoded: Path | None, format: str, dtype: torch.dtype, *, size: float
+) -> list[_Sink]:
+    sinks = [_Sink(model, ShardWriter(folder, size), FORMATS[format], dtype)]
     if decoded is not None:
-        sinks.append(_Sink(model, ShardWriter(decoded, SHARD_BYTES), FLOAT, dtype))
+        sinks.append(_Sink(model, ShardWriter(decoded, size), FLOAT, dtype))
     return sinks
 
 
