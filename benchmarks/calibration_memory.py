@@ -23,16 +23,19 @@ from shrinkformer.commands.locate import bundled_decoder
 
 MIB = 2**20
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 8192,
-    "hidden_size": 1024,
-    "word_embed_proj_dim": 1024,
-    "ffn_dim": 4096,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 16,
-    "max_position_embeddings": 512,
-}
-"""An OPT of 336 MB in float32, nine tenths of it in its blocks."""
+
+def shape(hidden_size: int) -> dict[str, Any]:
+    """Of an OPT with 6 blocks: 336 MB in float32 at a hidden size of 1024, nine tenths of it in its blocks."""
+    return {
+        "vocab_size": 8192,
+        "hidden_size": hidden_size,
+        "word_embed_proj_dim": hidden_size,
+        "ffn_dim": 4 * hidden_size,
+        "num_hidden_layers": 6,
+        "num_attention_heads": hidden_size // 64,
+        "max_position_embeddings": 512,
+    }
+
 
 _RUN = """
 import sys
@@ -45,13 +48,13 @@ sys.exit(code)
 """
 
 
-def build(folder: Path) -> int:
+def build(folder: Path, hidden_size: int) -> int:
     """Write the checkpoint, with the demo model's tokenizer; its bytes."""
     weights = folder / "model.safetensors"
     if not weights.is_file():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = transformers.OPTForCausalLM(transformers.OPTConfig(**SHAPE))
+            model = transformers.OPTForCausalLM(transformers.OPTConfig(**shape(hidden_size)))
         model.save_pretrained(folder, max_shard_size="10GB")
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(bundled_decoder())
         tokenizer.save_pretrained(folder)
@@ -84,25 +87,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="for the checkpoint, moments and results: 6 GB")
+    parser.add_argument("--hidden_size", type=int, default=1024)
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--mu", type=float, default=0.5)
     parser.add_argument("--method", default="stat")
     parser.add_argument("--max_memory", type=float, default=0.1, help="GiB")
-    parser.add_argument("--sequence_length", type=int, default=128)
+    parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=4)
     options = parser.parse_args(arguments)
-    folder = options.work_dir / "random-opt"
-    print(f"weights {build(folder) / MIB:,.0f} MiB, limit {options.max_memory * 1024:,.0f} MiB")
+    folder = options.work_dir / f"random-opt-{options.hidden_size}"
+    print(f"weights {build(folder, options.hidden_size) / MIB:,.0f} MiB, limit {options.max_memory * 1024:,.0f} MiB")
     print(f"{'examples':>9}{'tokens':>9}{'hidden states':>16}{'peak':>12}")
     peaks = {}
     for examples in (options.examples, options.times * options.examples):
         peaks[examples] = peak(folder, examples, options)
         tokens = examples * options.sequence_length
-        hidden = 4 * tokens * SHAPE["hidden_size"] / MIB
+        hidden = 4 * tokens * options.hidden_size / MIB
         print(f"{examples:>9}{tokens:>9,}{hidden:>12,.0f} MiB{peaks[examples] / MIB:>8,.0f} MiB", flush=True)
     few, many = peaks.values()
-    added = 4 * (options.times - 1) * options.examples * options.sequence_length * SHAPE["hidden_size"]
+    added = 4 * (options.times - 1) * options.examples * options.sequence_length * options.hidden_size
     print(
         f"peak with {options.times} times the examples: {many / few:.3f} of that with few, "
         f"{(many - few) / MIB:+,.0f} MiB; hidden states alone would add {added / MIB:,.0f} MiB"

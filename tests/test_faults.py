@@ -10,6 +10,7 @@ import torch
 
 import shrinkformer
 from shrinkformer.architectures import layer_views
+from shrinkformer.commands import prune_opt
 from shrinkformer.commands.pruning import cast_weights, round_weights
 from shrinkformer.errors import NumericalError, ShrinkformerWarning
 from shrinkformer.prune.budget import Budget
@@ -26,7 +27,8 @@ from shrinkformer.quantize.quantizer import quantize_
 from shrinkformer.quantize.scales import require_scales
 from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.utils.parallel import ALONE
-from tests.conftest import build_model, make_batches
+from tests.conftest import build_model, build_tokenizer, make_batches
+from tests.test_prune_opt import call, read_records, write_corpora
 
 BATCHES = make_batches([3 + index % 18 for index in range(40)], batch_size=8)
 QUICK = ShrinkConfig(search_seconds=0)
@@ -348,3 +350,38 @@ class TestPrediction:
             text = str(found[0].message)
             assert f"{prediction['measured']:.5f}" in text
             assert "0.01000" in text
+
+
+class TestCommands:
+    @pytest.mark.parametrize("memory", [(), ("--max_memory", "0.00001")], ids=["in memory", "block by block"])
+    def test_broken_weights_end_before_anything_is_computed(
+        self, memory: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        poisoned("opt").save_pretrained(tmp_path / "mine")
+        build_tokenizer().save_pretrained(tmp_path / "mine")
+        data = write_corpora(tmp_path / "data")
+        places = ("--model_name", str(tmp_path / "mine"), "--output_dir", str(tmp_path / "output"))
+        assert call(prune_opt.main, data, *places, *memory) == 1
+        shown = capsys.readouterr()
+        line = shown.err.splitlines()[-1]
+        assert line.startswith("prune_opt.py: error: model.decoder.layers.1.fc2.weight")
+        assert "nan at [3, 5]" in line
+        assert "calibrating" not in shown.out
+        assert not list((tmp_path / "output").rglob("*.safetensors"))
+
+    def test_few_tokens_and_predictions_are_told_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        build_model("opt").save_pretrained(tmp_path / "mine")
+        build_tokenizer().save_pretrained(tmp_path / "mine")
+        data = write_corpora(tmp_path / "data")
+        flags = ("--model_name", str(tmp_path / "mine"), "--output_dir", str(tmp_path / "output"), "--mu", "0.7", "0.5")
+        more = ("--method", "shrink", "--search_seconds", "0", "--sample_batch_size", "2")
+        assert call(prune_opt.main, data, *flags, *more) == 0
+        shown = capsys.readouterr()
+        told = [line for line in shown.err.splitlines() if "calibration tokens are fewer than" in line]
+        assert len(told) == 1
+        assert told[0].startswith("prune_opt.py: warning: ")
+        records = read_records(tmp_path / "output")
+        for record in records:
+            assert record["divergence"]["measured"] == min(record["held_out_divergence"].values())
+            measured, predicted = (record["divergence"][name] for name in ("measured", "predicted"))
+            assert f"divergence on examples set aside {measured:.5f}; predicted {predicted:.5f}" in shown.out

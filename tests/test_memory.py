@@ -1,6 +1,7 @@
 """Memory that runs out: half as many examples at a time, the same results, and one clear line where nothing helps."""
 
 import errno
+import gc
 import os
 import subprocess
 import sys
@@ -22,11 +23,13 @@ from shrinkformer.evaluate.evaluation import evaluate_model
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.evaluate.streaming import stream_perplexity
 from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.hidden import Offload, Spilled
 from shrinkformer.prune.methods import METHOD_NAMES
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.streamed import shard_bytes
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.quantizer import quantize_
 from shrinkformer.utils.memory import is_out_of_memory, largest, limited, with_smaller_batches
@@ -303,3 +306,79 @@ def test_a_real_limit(tmp_path: Path) -> None:
     assert silent == ""
     assert "prune_opt.py: warning: calibration: out of memory with 256 examples at a time; going on with 128" in said
     assert kept(tight) == kept(free)
+
+
+PEAK = """
+import sys, threading, time
+import psutil
+from shrinkformer.commands import prune_opt, running
+
+process, start, peak = psutil.Process(), running._start, [0]
+warm, cold = sys.argv[1:3]
+assert prune_opt.main([*sys.argv[3:], "--model_name", warm, "--max_memory", "0.00001"]) == 0  # libraries are loaded
+
+def started(*args, **kwargs):
+    before = process.memory_info().rss
+
+    def watch():
+        while True:
+            peak[0] = max(peak[0], process.memory_info().rss - before)
+            time.sleep(0.002)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return start(*args, **kwargs)
+
+running._start = started
+code = prune_opt.main([*sys.argv[3:], "--model_name", cold])
+print("peak", peak[0])
+sys.exit(code)
+"""
+"""Prunes, and prints by how much resident memory grew from right before the model was loaded."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux counts it")
+def test_max_memory_is_a_limit(tmp_path: Path) -> None:
+    """Weights of 60 MiB pass block by block within 45 MiB.
+
+    Memory that is freed is given back at once; by default an allocator keeps pieces as small as these blocks.
+    """
+    sizes = {"hidden_size": 256, "word_embed_proj_dim": 256, "intermediate_size": 768, "num_hidden_layers": 24}
+    model = checkpoint(tmp_path / "mine", "opt", **sizes)
+    assert (tmp_path / "mine" / "model.safetensors").stat().st_size > 60 * 2**20
+    limit = 45 * 2**20
+    tiny = checkpoint(tmp_path / "tiny", "opt")
+    flags = {"mu": 0.5, "data_dir": write_corpora(tmp_path / "data"), "method": "stat"}
+    flags |= {"device": "cpu", "batch_size": 4, "sample_batch_size": 32, "sequence_length": 64, "evaluation_windows": 1}
+    flags |= {"max_memory": limit / 2**30, "output_dir": tmp_path / "output"}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-c", PEAK, tiny, model, *words]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "its blocks stay on disk until they are needed" in done.stdout
+    assert int(done.stdout.split("peak ")[-1]) <= limit
+
+
+def test_streams_share_one_limit(tmp_path: Path) -> None:
+    offload = Offload(tmp_path, limit=1000)
+    first, second = (Spilled(offload, torch.device("cpu")) for _ in range(2))
+    for index in range(3):
+        for place in (first, second):
+            place[index] = torch.full((1, 10, 10), float(index))  # 400 bytes
+    assert offload.ledger.held == 800
+    assert all(float(place[index].mean()) == index for index in range(3) for place in (first, second))
+    first[0] = torch.zeros(1, 20, 10)
+    assert offload.ledger.held == 400
+    assert first[0].shape == (1, 20, 10)
+    del first, place
+    gc.collect()
+    assert offload.ledger.held == 400
+    del second
+    gc.collect()
+    assert offload.ledger.held == 0
+
+
+def test_files_of_a_streamed_checkpoint_keep_to_the_limit(tmp_path: Path) -> None:
+    assert shard_bytes(Resources()) == 1e9
+    assert shard_bytes(Resources(offload=Offload(tmp_path, int(2e8)))) == 2e8
+    assert shard_bytes(Resources(offload=Offload(tmp_path, 10))) == 1e6  # no file for each tensor

@@ -25,7 +25,7 @@ from shrinkformer.utils.precision import rounded
 SHARD_BYTES = 1e9
 """Size of the files of a streamed checkpoint: so much is held in memory until it is written."""
 
-_LEAST_SHARD_BYTES = 3e7
+_LEAST_SHARD_BYTES = 1e6
 
 
 def prune_to_folder(
