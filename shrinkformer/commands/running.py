@@ -135,8 +135,9 @@ def _require_blocks(job: Job, options: PruneOptions, footprint: Footprint, limit
         )
     if footprint.streamed > limit:
         warnings.warn(
-            f"--max_memory: one block with its statistics takes about {footprint.streamed / GIB:,.2g} GiB beside Python "
-            f"and the libraries, more than the {limit / GIB:,.2g} GiB that are allowed or free; it is tried all the same",
+            f"--max_memory: one block with its statistics takes about {footprint.streamed / GIB:,.2g} GiB beside "
+            f"Python and the libraries, more than the {limit / GIB:,.2g} GiB that are allowed or free; it is tried "
+            "all the same",
             ShrinkformerWarning,
             stacklevel=2,
         )
