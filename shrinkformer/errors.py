@@ -1,4 +1,4 @@
-"""The errors this package raises on purpose.
+"""The errors this package raises on purpose, and its warnings.
 
 Every message says what is wrong, where (flag, file or layer), the value, and what to do about it, in one line.
 Commands turn :class:`InputError` into exit code 2 and every other :class:`ShrinkformerError` into exit code 1.
@@ -34,4 +34,12 @@ class BudgetError(ShrinkformerError):
 
 
 class NumericalError(ShrinkformerError):
-    """Statistics or a factorisation are not usable: NaN, infinity, or no rank at all."""
+    """Weights, activations or a factorisation are not usable: NaN, infinity, an overflow, or no rank at all."""
+
+
+class OutOfMemoryError(ShrinkformerError):
+    """There is not enough memory even for one example at a time."""
+
+
+class ShrinkformerWarning(UserWarning):
+    """Something that the user should know about a result that is defined all the same; commands show it as one line."""

@@ -4,12 +4,15 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
 from shrinkformer.architectures import LayerView
-from shrinkformer.errors import InputError, ShrinkformerError
+from shrinkformer.errors import InputError, ShrinkformerError, ShrinkformerWarning
+from shrinkformer.utils.memory import REMEDIES, is_out_of_memory
 
 _WRONG_INPUT = 2
 
@@ -24,13 +27,18 @@ def run_command(main: Main, arguments: Sequence[str] | None, prog: str) -> int:
     """
     quiet_libraries()
     try:
-        main(arguments)
+        with warnings_in_one_line(prog):
+            main(arguments)
     except InputError as error:
         return _fail(prog, error, _WRONG_INPUT)
     except ShrinkformerError as error:
         return _fail(prog, error, 1)
     except OSError as error:  # a full disk, a folder that vanished
         return _fail(prog, error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(prog, f"out of memory ({str(error).splitlines()[0][:200] or 'no details'}); {REMEDIES}.", 1)
     except KeyboardInterrupt:
         return _fail(prog, "interrupted; what was written so far stays.", 130)
     return 0
@@ -41,6 +49,27 @@ def _fail(prog: str, error: object, code: int) -> int:
     if code != _WRONG_INPUT or os.environ.get("RANK", "0") == "0":  # all processes of torchrun got the same input
         print(f"{prog}: error: {message}", file=sys.stderr)
     return code
+
+
+@contextmanager
+def warnings_in_one_line(prog: str) -> Iterator[None]:
+    """Show our own warnings on standard error, each of them once, however many budgets it is true for."""
+    shown = set[str]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ShrinkformerWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, ShrinkformerWarning):
+                others(message, category, *where, **more)
+                return
+            line = " ".join(str(message).split())
+            if line not in shown and os.environ.get("RANK", "0") == "0":
+                tqdm.write(f"{prog}: warning: {line}", file=sys.stderr)
+            shown.add(line)
+
+        warnings.showwarning = show
+        yield
 
 
 def quiet_libraries() -> None:

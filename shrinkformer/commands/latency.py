@@ -40,7 +40,7 @@ from shrinkformer.commands.runtimes import (
 )
 from shrinkformer.efficiency.latency import Timed, compare_latency
 from shrinkformer.efficiency.macs import LayerSize, model_macs, step_macs
-from shrinkformer.errors import InputError
+from shrinkformer.errors import InputError, OutOfMemoryError
 from shrinkformer.prune.budget import layer_sizes
 
 PROG = "shrinkformer latency"
@@ -188,7 +188,11 @@ def _load(candidate: Candidate, options: LatencyOptions, device: str) -> PreTrai
 def measure(
     candidates: Sequence[Candidate], runs: Sequence[Run], options: LatencyOptions, device: str, threads: int
 ) -> list[Row]:
-    """Time everything; what is measured is written at once."""
+    """Time everything; what is measured is written at once.
+
+    Raises:
+        OutOfMemoryError: Nothing fits into memory.
+    """
     vocabulary = min(candidate.source.config.vocab_size for candidate in candidates)
     shared = {"device": device, "threads": threads, "dtype": options.dtype, "seed": options.seed}
     locations = {candidate.name: candidate.source.location for candidate in candidates}
@@ -205,10 +209,14 @@ def measure(
             warmup=WARMUP,
             seed=options.seed,
         )
+        if not all(shape in times for times in found.values()):
+            continue  # it does not fit into memory, which was said
         cells = [Cell(one.name, found[one.name][shape], one.macs(shape, step, options)) for one in candidates]
         rows.append(Row(shape, runtime, step, tuple(cells)))
         if options.output is not None:
             append_records(options.output, rows[-1].records(shared, locations))
+    if not rows:
+        raise OutOfMemoryError("no shape fits into memory; pass a smaller --batch_size or --length.")
     return rows
 
 

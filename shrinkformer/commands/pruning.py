@@ -26,6 +26,7 @@ from shrinkformer.prune.stock import is_stock
 from shrinkformer.prune.streamed import prune_to_folder
 from shrinkformer.utils.files import write_atomically
 from shrinkformer.utils.inputs import accepted_inputs
+from shrinkformer.utils.precision import rounded
 
 
 def run_pruning(job: Job, options: PruneOptions, seconds: dict[str, float]) -> None:
@@ -115,17 +116,25 @@ def _export(
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Change the type of all that a file holds; rotary frequencies, which none does, must not be rounded."""
-    for tensor in model.state_dict(keep_vars=True).values():
+    """Change the type of all that a file holds; rotary frequencies, which none does, must not be rounded.
+
+    Raises:
+        NumericalError: A weight is too large for the type.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = rounded(name, tensor.data, dtype)
 
 
 def round_weights(model: PreTrainedModel, dtype: torch.dtype, *, but: Collection[str]) -> None:
-    """Round all that a file holds to the type of the file, but keep the type, and some weights as they are."""
+    """Round all that a file holds to the type of the file, but keep the type, and some weights as they are.
+
+    Raises:
+        NumericalError: A weight is too large for the type of the file.
+    """
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and name not in but:
-            tensor.data = tensor.data.to(dtype).to(tensor.dtype)
+            tensor.data = rounded(name, tensor.data, dtype).to(tensor.dtype)
 
 
 def _require_equal_outputs(job: Job, model: PreTrainedModel, folder: Path) -> None:

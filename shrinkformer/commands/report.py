@@ -109,6 +109,7 @@ class Run:
                 "layers": _plan_rows(self.plan),
                 "dense_layers": [kept_sizes(size) for size in self.dense_layers],
                 **({"uniform": self.plan.uniform} if self.plan.uniform else {}),
+                **({"divergence": self.plan.prediction} if self.plan.prediction else {}),
                 **({"held_out_divergence": self.plan.divergences} if self.plan.divergences else {}),
             }
         if self.quantized is not None and self.quantization is not None:
@@ -177,6 +178,9 @@ def _plan_lines(plan: Plan) -> list[str]:
         widths = f"{layer.query_width or '':>8}{layer.value_width or '':>6}" if narrow else ""
         errors = f"{layer.attention_error:>18.4f}{layer.ffn_error:>12.4f}"
         lines.append(f"  {index:>5}{len(layer.heads):>8}{widths}{len(layer.neurons):>10}{errors}")
+    if plan.prediction:
+        predicted, measured = plan.prediction["predicted"], plan.prediction["measured"]
+        lines.append(f"  divergence on examples set aside {measured:.5f}; predicted {predicted:.5f}")
     if plan.uniform:
         own, free = plan.uniform["divergence"], plan.uniform["free_divergence"]
         lines.append(f"  blocks are all alike: expected divergence {own:.5f}; {free:.5f} if each had a size of its own")

@@ -1,5 +1,6 @@
 """What all commands do once their inputs are read: check, load, evaluate, then a step for each budget, and report."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -16,9 +17,10 @@ from shrinkformer.commands.publishing import Publisher
 from shrinkformer.commands.report import Run, write_report
 from shrinkformer.commands.session import Job, Session, measure_dense
 from shrinkformer.efficiency.rounding import Rounding, choose_multiple
-from shrinkformer.errors import InputError
+from shrinkformer.errors import InputError, ShrinkformerWarning
 from shrinkformer.prune.allocation import require_feasible
 from shrinkformer.prune.budget import Budget, CostModel
+from shrinkformer.prune.health import require_finite_weights
 from shrinkformer.prune.hidden import Offload
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.resources import Resources
@@ -122,6 +124,9 @@ def _require_blocks(job: Job, options: PruneOptions, footprint: Footprint, limit
 
     Raises:
         InputError: It has to be there as a whole.
+
+    Warns:
+        ShrinkformerWarning: One block alone takes more.
     """
     whole, remedy = job.whole, "or use a machine with more"
     if not whole and options.measures_whole:
@@ -130,6 +135,14 @@ def _require_blocks(job: Job, options: PruneOptions, footprint: Footprint, limit
         raise InputError(
             f"--max_memory: {whole}, which takes {footprint.resident / GIB:,.1f} GiB, but {limit / GIB:,.1f} GiB "
             f"are allowed or free; allow more, {remedy}."
+        )
+    if footprint.streamed > limit:
+        warnings.warn(
+            f"--max_memory: one block with its statistics takes about {footprint.streamed / GIB:,.2g} GiB beside "
+            f"Python and the libraries, more than the {limit / GIB:,.2g} GiB that are allowed or free; it is tried "
+            "all the same",
+            ShrinkformerWarning,
+            stacklevel=2,
         )
 
 
@@ -158,6 +171,7 @@ def _start(job: Job, options: PruneOptions, seconds: dict[str, float], *, lazily
     job.say(f"loading {job.source.name} from {job.source.location}{how}")
     with timed(seconds, "loading"):
         model, weights = load_model(job.source, job.chosen, job.device, job.dtype, lazily=lazily)
+        require_finite_weights(model)
         offload = None
         if lazily:
             offload = Offload(options.offload_dir or (options.output_dir / job.stem).parent, int(limit / 4))

@@ -1,6 +1,7 @@
 """How long a call takes: candidates are timed in turns, so that a noisy machine slows all of them alike."""
 
 import time
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shrinkformer.errors import InputError
+from shrinkformer.errors import InputError, ShrinkformerWarning
+from shrinkformer.utils.memory import free_memory, is_out_of_memory
 from shrinkformer.utils.modes import evaluation_mode
 
 DEFAULT_SHAPES = ((1, 128), (8, 128))
@@ -99,10 +101,13 @@ def compare_latency(
         seed: Of the private generator that draws the token ids.
 
     Returns:
-        ``{model: {shape: times}}``.
+        ``{model: {shape: times}}``, without shapes that do not fit into memory.
 
     Raises:
         InputError: No repeats, or an empty shape or vocabulary.
+
+    Warns:
+        ShrinkformerWarning: A shape does not fit into memory.
     """
     if repeats < 1 or warmup < 0 or vocabulary_size < 1 or any(min(shape) < 1 for shape in shapes):
         raise InputError(
@@ -116,9 +121,25 @@ def compare_latency(
         for shape in shapes:
             batch = random_batch(shape, vocabulary_size, generator, place)
             calls = {key: partial(model, batch) for key, model in models.items()}
-            for key, seconds in time_in_turns(calls, place, repeats=repeats, warmup=warmup).items():
+            for key, seconds in _timed_or_skipped(calls, place, repeats, warmup, shape).items():
                 results[key][shape] = Timing.of(seconds)
     return results
+
+
+def _timed_or_skipped(
+    calls: Mapping[Key, Callable[[], object]], place: torch.device, repeats: int, warmup: int, shape: tuple[int, int]
+) -> dict[Key, list[float]]:
+    """Seconds of every run; of no call where one of them runs out of memory, because times are compared."""
+    try:
+        return time_in_turns(calls, place, repeats=repeats, warmup=warmup)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory()
+    warnings.warn(
+        f"latency {shape_name(shape)}: out of memory; this shape is left out", ShrinkformerWarning, stacklevel=3
+    )
+    return {}
 
 
 def measure_latency(
@@ -143,7 +164,7 @@ def measure_latency(
         seed: of the private generator that draws the token ids.
 
     Returns:
-        ``{name: {"8x128": milliseconds}}``.
+        ``{name: {"8x128": milliseconds}}``, without shapes that do not fit into memory.
 
     Raises:
         InputError: no repeats, or an empty shape or vocabulary.

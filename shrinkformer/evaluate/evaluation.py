@@ -17,6 +17,7 @@ from shrinkformer.errors import CheckpointError, DataError, NumericalError
 from shrinkformer.evaluate.answers import extract_answers
 from shrinkformer.evaluate.scores import count_examples, require_labels, score_answers, score_labels
 from shrinkformer.utils.inputs import accepted_inputs
+from shrinkformer.utils.memory import Halving
 from shrinkformer.utils.modes import evaluation_mode
 from shrinkformer.utils.parallel import ALONE, Workers
 
@@ -88,6 +89,10 @@ def evaluate_model(
         DataError: no split, fewer than two examples, or no labels.
         CheckpointError: the number of outputs does not fit the task.
         NumericalError: the model produced NaN or infinity.
+        OutOfMemoryError: there is not enough memory even for one example at a time.
+
+    Warns:
+        ShrinkformerWarning: a batch did not fit into memory and was halved.
     """
     if not splits:
         raise DataError(f"task {task.name}: no evaluation split was given; it has {', '.join(task.evaluation_splits)}")
@@ -150,15 +155,19 @@ def _forward(
 
     Classification and regression: (labels,). Question answering: (tokens, 2). Similarity: (hidden size,), length 1.
     """
+
+    def outputs(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        mask = batch["attention_mask"].bool().to(next(model.parameters()).device)
+        return _read(model(**accepted_inputs(model, batch)), mask, task).float().cpu()
+
     rows: list[Array] = [np.zeros(0, dtype=np.float32)] * len(features)
+    in_parts = Halving(f"evaluation on {task.name}")
     for indices, batch in padded_batches(features, tokenizer, batch_size):
-        inputs = accepted_inputs(model, batch)
         mask = batch["attention_mask"].bool()
-        output = _read(model(**inputs), mask.to(next(model.parameters()).device), task).float().cpu()
-        for row, index in enumerate(indices):
-            one = output[row][mask[row]] if task.kind == "question_answering" else output[row]
-            rows[index] = one.numpy()
-        bar.update(len(indices))
+        for part, output in in_parts(outputs, batch):
+            for index, one, tokens in zip(indices[part], output, mask[part], strict=True):
+                rows[index] = (one[tokens] if task.kind == "question_answering" else one).numpy()
+            bar.update(len(output))
     return rows
 
 

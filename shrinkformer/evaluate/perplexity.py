@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from shrinkformer.errors import CheckpointError, DataError, InputError, NumericalError
+from shrinkformer.utils.memory import Halving
 from shrinkformer.utils.modes import evaluation_mode
 from shrinkformer.utils.parallel import ALONE, Workers
 
@@ -59,6 +60,10 @@ def evaluate_perplexity(
         DataError: there is nothing to predict.
         CheckpointError: the model gives no logits, or has fewer tokens than its tokenizer.
         NumericalError: the model produced NaN or infinity.
+        OutOfMemoryError: there is not enough memory even for one window at a time.
+
+    Warns:
+        ShrinkformerWarning: a batch did not fit into memory and was halved.
     """
     if batch_size < 1:
         raise InputError(f"--batch_size {batch_size} must be at least 1")
@@ -136,14 +141,20 @@ def _forward(
     model: nn.Module, windows: Tensor, batch_size: int, device: str | torch.device, progress: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids and logits, batch by batch."""
+
+    def outputs(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        ids = batch["input_ids"].to(device)
+        logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+        if logits is None:
+            raise CheckpointError(f"{type(model).__name__} gives no logits; perplexity needs a causal decoder")
+        return ids, logits
+
+    in_parts = Halving("perplexity")
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress) as bar:
         for start in range(0, len(windows), batch_size):
-            ids = windows[start : start + batch_size].to(device)
-            logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
-            if logits is None:
-                raise CheckpointError(f"{type(model).__name__} gives no logits; perplexity needs a causal decoder")
-            yield ids, logits
-            bar.update(len(ids))
+            for _, found in in_parts(outputs, {"input_ids": windows[start : start + batch_size]}):
+                yield found
+                bar.update(len(found[0]))
 
 
 def _window_sums(outputs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, bool]:

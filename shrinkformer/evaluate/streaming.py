@@ -8,6 +8,7 @@ from shrinkformer.architectures import layer_views
 from shrinkformer.evaluate.perplexity import Perplexity, accumulate, require_fit
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.stream import BlockStream
+from shrinkformer.utils.memory import with_smaller_batches
 
 
 def stream_perplexity(
@@ -27,8 +28,22 @@ def stream_perplexity(
     Raises:
         InputError: The windows are longer than the model's positions.
         CheckpointError: The model has fewer tokens than its tokenizer.
+        NumericalError: The model produced NaN or infinity.
+        OutOfMemoryError: There is not enough memory even for one window at a time.
+
+    Warns:
+        ShrinkformerWarning: A batch did not fit into memory and was halved.
     """
     require_fit(model, windows)
+
+    def attempt(most: int) -> Perplexity:
+        return _stream(model, windows, resources, most)
+
+    # Processes meet only at the very end, so each of them may take its share in batches of its own.
+    return with_smaller_batches(attempt, batch_size, what="perplexity")
+
+
+def _stream(model: PreTrainedModel, windows: Tensor, resources: Resources, batch_size: int) -> Perplexity:
     workers = resources.workers
     share = torch.split(workers.share_rows(windows), batch_size)
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in share if len(ids)]

@@ -25,6 +25,7 @@ from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.budget import layer_sizes
+from shrinkformer.prune.health import require_finite_weights
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.sentence_encoder import copy_side_files, write_side_files
 from shrinkformer.prune.stock import is_stock, stock_values
@@ -69,7 +70,9 @@ def save(
 
     Raises:
         CheckpointError: The folder exists and holds something else.
+        NumericalError: A weight is NaN or infinite.
     """
+    require_finite_weights(model, when=" of the model to be saved")
     describe_sizes(model, plan)
     with replacing(Path(directory)) as folder:
         model.save_pretrained(folder)

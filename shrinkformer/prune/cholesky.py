@@ -5,12 +5,12 @@ import warnings
 import torch
 from torch import Tensor
 
-from shrinkformer.errors import InputError, NumericalError
+from shrinkformer.errors import InputError, NumericalError, ShrinkformerWarning
 
 _QUIET_DAMPING = 1e-12  # relative; this much is what rounding alone asks of a singular matrix
 
 
-class DampingWarning(UserWarning):
+class DampingWarning(ShrinkformerWarning):
     """More damping than asked for was needed; the message says how much."""
 
 

@@ -26,7 +26,7 @@ _SHARES = {
 POINTS = sum(map(len, _SHARES.values()))
 """Measurements for one block."""
 
-_LEAST = 1e-7
+_LEAST, _MOST = 1e-7, 1e30  # damage that is told apart; infinite damage is that of predictions that are not finite
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Curve:
             return float("inf")
         if kept > self.kept[-1]:
             return self.damage[-1] * (self.full - kept) / (self.full - self.kept[-1])
-        logs = np.log(np.maximum(self.damage, _LEAST))
+        logs = np.log(np.clip(self.damage, _LEAST, _MOST))
         if kept < self.kept[0] and len(logs) > 1:  # it grows on as it grew before
             slope = (logs[1] - logs[0]) / (self.kept[1] - self.kept[0])
             return float(np.exp(logs[0] + min(slope, 0.0) * (kept - self.kept[0])))

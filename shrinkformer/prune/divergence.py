@@ -1,5 +1,6 @@
 """How far the predictions of a smaller model are from those of the dense one."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shrinkformer.errors import NumericalError
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import model_inputs
 from shrinkformer.utils.parallel import ALONE, Workers
-from shrinkformer.utils.precision import half_precision
+from shrinkformer.utils.precision import half_precision, is_finite
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,17 @@ class Target:
 
     Args:
         dense: From :func:`predictions`.
+
+    Raises:
+        NumericalError: They are not finite.
     """
 
     def __init__(self, dense: Predictions) -> None:
         self._distribution = dense.distribution
         self._parts = tuple(part.exp() for part in dense.parts) if dense.distribution else dense.parts
         self._least = [self._cross_entropy(*pair) for pair in zip(self._parts, dense.parts, strict=True)]
+        if not all(is_finite(least) for least in self._least):
+            raise NumericalError("predictions of the dense model on the calibration examples are NaN or infinity.")
 
     def __len__(self) -> int:
         return len(self._parts[0])
@@ -105,12 +112,13 @@ class Targets:
         workers.sum_(self._rows)
 
     def mean_divergence(self, others: Iterable[Predictions]) -> float:
-        """Mean per prediction, of a model that saw the same batches."""
+        """Mean per prediction, of a model that saw the same batches; infinite where its predictions are not finite."""
         total = torch.zeros_like(self._rows)
         for target, found in zip(self._targets, others, strict=True):
             total += target.divergence(found)
         self._workers.sum_(total)
-        return max(0.0, float(total / self._rows))
+        mean = float(total / self._rows)
+        return float("inf") if math.isnan(mean) else max(0.0, mean)  # max(0.0, nan) is 0: the best of all
 
 
 class Judge:

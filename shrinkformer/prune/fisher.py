@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shrinkformer.errors import NumericalError
 from shrinkformer.prune.divergence import predictions
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.utils.inputs import accepted_inputs
 from shrinkformer.utils.parallel import ALONE, Workers
-from shrinkformer.utils.precision import fast_products, half_precision
+from shrinkformer.utils.precision import fast_products, half_precision, is_finite
 
 Name = TypeVar("Name")
 
@@ -48,6 +49,9 @@ def output_metrics(
     Returns:
         ``(outputs, outputs)`` float32 for each layer, of any scale.
 
+    Raises:
+        NumericalError: There is NaN or infinity among the gradients.
+
     Source:
         Martens, "New insights and perspectives on the natural gradient method", arXiv 1412.1193, section 5 (Fisher by
         sampling). For quantization: Tseng et al., YAQA, arXiv 2505.22988.
@@ -60,7 +64,27 @@ def output_metrics(
     pass_gradients(model, layers, workers.share(spread(batches, tokens)), add, seed=seed)
     for name in layers:
         workers.sum_(sums[name])
+        require_finite_gradients(sums[name], str(name), model.dtype)
     return sums
+
+
+def require_finite_gradients(second: Tensor, where: str, dtype: torch.dtype) -> None:
+    """Check second moments of gradients.
+
+    Args:
+        second: The moments.
+        where: The layer, for the message.
+        dtype: Of the model.
+
+    Raises:
+        NumericalError: There is NaN or infinity among them.
+    """
+    if not is_finite(second):
+        kind = str(dtype).removeprefix("torch.")
+        raise NumericalError(
+            f"gradients at the output of {where} are NaN or infinity: the model overflows in {kind}; run it in float32 "
+            "(--dtype float32), or look at the calibration examples."
+        )
 
 
 def pass_gradients(

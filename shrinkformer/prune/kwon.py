@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from shrinkformer.prune.allocation import allocate_for_most
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.fisher import log_likelihood
+from shrinkformer.prune.guarded import prune_guarded
 from shrinkformer.prune.masks import (
     Part,
     mask_gradients,
@@ -31,6 +32,7 @@ from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.uniform import Losses, allocate_alike
+from shrinkformer.utils.memory import limited
 
 _MINI_BATCH = 32  # examples that share one gradient, as published
 _DAMP = 1.0  # of the least squares, as published
@@ -72,7 +74,17 @@ class Kwon:
 
         Raises:
             BudgetError: The budget is below what every block must keep.
+            NumericalError: What was made computes NaN or infinity on the examples.
+            OutOfMemoryError: There is not enough memory even for one example at a time.
         """
+        return prune_guarded(
+            lambda most: replace(self, batches=limited(self.batches, most))._prune(budget),
+            self.model,
+            self.batches,
+            self.resources,
+        )
+
+    def _prune(self, budget: Budget) -> Pruned:
         seconds: dict[str, float] = {}
         costs = CostModel.of(layer_views(self.model), budget)
         with timed(seconds, "allocation"):

@@ -32,6 +32,7 @@ from transformers.utils import (
 from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
+from shrinkformer.prune.health import require_finite
 from shrinkformer.prune.pruned_modeling import pruned_class
 
 _ALIGNMENT = 64  # bytes; what torch's own allocator keeps on CPUs
@@ -52,6 +53,7 @@ class OnDisk:
     ) -> None:
         self._blocks, self._places, self._device = blocks, places, device
         self._users = [0] * len(blocks)
+        self._checked: set[int] = set()
 
     @contextmanager
     def resident(self, block: int) -> Iterator[nn.Module]:
@@ -59,6 +61,7 @@ class OnDisk:
 
         Raises:
             CheckpointError: The weights in the file do not fit the block.
+            NumericalError: One of them is NaN or infinite; each block is looked at when it is read first.
         """
         module = self._blocks[block]
         if self._users[block] == 0:
@@ -83,7 +86,10 @@ class OnDisk:
                         f"block {block} has other tensors than {file} ({stored}: {tuple(tensor.shape)}); load the "
                         "checkpoint with its own config.json, and change copies of blocks only."
                     )
+                if block not in self._checked:
+                    require_finite([(f"{stored} in {file}", tensor)])
                 target.copy_(tensor.to(self._device))  # travels as it is stored, which may be smaller
+        self._checked.add(block)
         module.load_state_dict(targets, assign=True)
 
 

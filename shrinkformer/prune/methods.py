@@ -290,6 +290,11 @@ def require_method(name: str, *, uniform: bool = False) -> None:
         )
 
 
+def is_fitted(name: str) -> bool:
+    """Whether a method fits weights to what the examples show."""
+    return name in {SHRINK, KPRUNE} or (name in METHODS and METHODS[name].correction is not Correction.NONE)
+
+
 def get_method(name: str) -> Method:
     """The pruning method of that name, of those that rank.
 

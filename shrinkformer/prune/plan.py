@@ -1,9 +1,15 @@
 """What a pruned model keeps: the result of every pruning method, and part of every checkpoint."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from shrinkformer.errors import ShrinkformerWarning
+
+SURPRISE = 3.0
+"""Times the predicted damage that a model may do on examples set aside."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Plan:
         divergences: Where several models were made, how far each is from the dense one on examples that none of them
             was made from, by method; the nearest was taken.
         budget: What ``mu`` is a fraction of: ``macs``, or ``latency`` on the machine where it was pruned.
+        prediction: Where the method predicts the damage to predictions, ``predicted``: by the search, before refits, on
+            calibration examples; ``measured``: of the model that was taken, on examples set aside.
         uniform: Where all blocks had to be alike and the method measures damage, ``divergence``: what the curves of
             single parts add up to for these sizes, and ``free_divergence``: for the best sizes that may differ.
     """
@@ -56,6 +64,7 @@ class Plan:
     divergences: dict[str, float] = field(default_factory=dict)
     budget: str = "macs"
     uniform: dict[str, float] = field(default_factory=dict)
+    prediction: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -87,4 +96,21 @@ class Plan:
                 for layer in layers
             ),
             **fields,
+        )
+
+
+def warn_of_surprise(plan: Plan) -> None:
+    """Compare what a plan predicted with what was measured.
+
+    Warns:
+        ShrinkformerWarning: There is far more damage than predicted.
+    """
+    predicted, measured = plan.prediction["predicted"], plan.prediction["measured"]
+    if measured > SURPRISE * predicted:
+        warnings.warn(
+            f"mu {plan.mu:g}: on examples set aside the divergence from the dense model is {measured:.5f}, more than "
+            f"{SURPRISE:g} times the {predicted:.5f} that was predicted; the examples may be too few "
+            "(--sample_batch_size) or unlike each other",
+            ShrinkformerWarning,
+            stacklevel=3,
         )

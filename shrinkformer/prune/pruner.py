@@ -7,9 +7,11 @@ from typing import Protocol
 from transformers import PreTrainedModel
 
 from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.columns import warn_of_few_tokens
+from shrinkformer.prune.guarded import learn_guarded
 from shrinkformer.prune.kprune import learn_kprune
 from shrinkformer.prune.kwon import learn_kwon
-from shrinkformer.prune.methods import DEFAULT_METHOD, KPRUNE, KWON, SHRINK, require_method
+from shrinkformer.prune.methods import DEFAULT_METHOD, KPRUNE, KWON, SHRINK, is_fitted, require_method
 from shrinkformer.prune.ranked import rank_units
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned
@@ -61,15 +63,24 @@ def calibrate(
     Raises:
         InputError: The method is not known.
         UnsupportedModelError: There is no architecture record for the model.
-        NumericalError: The model computes NaN or infinity on the examples.
+        NumericalError: Weights, or what the model computes on the examples, are NaN or infinite; it says where.
+        OutOfMemoryError: There is not enough memory even for one example at a time.
+
+    Warns:
+        ShrinkformerWarning: There are fewer tokens than columns, columns are dead or huge, or batches had to be halved.
     """
+    require_method(method)
     learners: dict[str, Callable[..., Calibrated]] = {
         SHRINK: partial(learn, config=config),
         KWON: learn_kwon,
         KPRUNE: learn_kprune,
     }
     learner = learners.get(method, partial(rank_units, method=method))
-    return learner(model, batches, seed=seed, progress=progress, resources=resources)
+    if is_fitted(method):
+        warn_of_few_tokens(model, batches)
+    return learn_guarded(
+        lambda some: learner(model, some, seed=seed, progress=progress, resources=resources), model, batches, resources
+    )
 
 
 def prune_model(

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shrinkformer.architectures import LayerView, Projection, layer_views, unit_columns
-from shrinkformer.errors import NumericalError
 from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.choices import Choice, layer_plan, read_choices, write_choices
+from shrinkformer.prune.guarded import prune_guarded
 from shrinkformer.prune.methods import LayerRanking, Method, get_method
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.plan import LayerPlan, Plan
@@ -27,6 +27,7 @@ from shrinkformer.prune.statistics import Batches, LayerMoments, Progress, Stati
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.prune.surgery import remove_heads, remove_neurons, with_blocks
 from shrinkformer.prune.uniform import Losses, allocate_alike
+from shrinkformer.utils.memory import limited
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,17 @@ class Ranked:
 
         Raises:
             BudgetError: The budget is below what every block must keep.
+            NumericalError: What was made computes NaN or infinity on the examples.
+            OutOfMemoryError: There is not enough memory even for one example at a time.
         """
+        return prune_guarded(
+            lambda most: replace(self, batches=limited(self.batches, most))._prune(budget),
+            self.model,
+            self.batches,
+            self.resources,
+        )
+
+    def _prune(self, budget: Budget) -> Pruned:
         seconds: dict[str, float] = {}
         with timed(seconds, "allocation"):
             counts = self.allocate(budget)
@@ -208,14 +219,7 @@ def _learn(
 
 
 def rank_block(method: Method, view: LayerView, moments: LayerMoments | None, seed: int) -> LayerRanking:
-    """Rank the heads and neurons of a block.
-
-    Raises:
-        NumericalError: A weight is NaN or infinite.
-    """
-    for linear in (view.attention_output, view.feed_forward_output):
-        if not torch.isfinite(linear.weight).all():
-            raise NumericalError(f"layer {view.index}: the weights contain NaN or infinity; use another checkpoint.")
+    """Rank the heads and neurons of a block."""
     return LayerRanking(
         heads=method.rank_heads(view, moments.heads if moments else None, seed),
         neurons=method.rank_neurons(view, moments.neurons if moments else None, seed),

@@ -7,7 +7,7 @@ model itself. Both are the same knapsack.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from time import perf_counter
 
@@ -45,11 +45,18 @@ class Found:
         sizes: Of the blocks.
         damage: On the examples, before any refit to the pruned model; infinite where nothing was measured.
         first: Sizes of the first plan, from curves alone.
+        expected: What the curves add up to for these.
     """
 
     sizes: list[LayerSize]
     damage: float
     first: list[LayerSize]
+    expected: float = 0.0
+
+    @property
+    def predicted(self) -> float:
+        """Damage of the plan, as far as it is known before any refit."""
+        return self.expected if self.damage == float("inf") else self.damage
 
 
 class Search:
@@ -97,7 +104,7 @@ class Search:
             return Found(dense, 0.0, dense)
         sizes, expected = self._first_plan()
         self._say(f"first plan: expected divergence {expected:.5f}")
-        return self._improve(sizes)
+        return replace(self._improve(sizes), expected=expected)
 
     def cost_of_uniformity(self, sizes: Sequence[LayerSize]) -> dict[str, float]:
         """What the curves add up to for blocks that are all alike, and for those of the best plan that is free.
@@ -135,7 +142,7 @@ class Search:
             self._say(f"{sizes[0].heads} heads, {sizes[0].neurons} neurons: divergence {damage:.5f}")
             if damage < least:
                 best, least = sizes, damage
-        return Found(best, least, plans[0])
+        return Found(best, least, plans[0], self._expected(plans[0]))
 
     def _expected(self, sizes: Sequence[LayerSize]) -> float:
         """What the curves add up to; heads are whole."""

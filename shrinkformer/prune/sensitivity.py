@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
-from shrinkformer.prune.fisher import TOKENS, pass_gradients, square
+from shrinkformer.prune.fisher import TOKENS, pass_gradients, require_finite_gradients, square
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import count_tokens, token_rows
@@ -43,6 +43,12 @@ class Sensitivity:
             return self.tokens[sublayer][index]
         return rows.new_ones(len(rows))
 
+    def split(self, batches: Batches) -> "Sensitivity":
+        """The same for the same examples in other micro-batches, of one worker."""
+        sizes = [int(batch["attention_mask"].sum()) for batch in batches]
+        tokens = {name: list(torch.split(torch.cat(weights), sizes)) for name, weights in self.tokens.items()}
+        return Sensitivity(self.metrics, tokens)
+
 
 def learn_sensitivity(
     model: PreTrainedModel, batches: Batches, *, seed: int = 0, workers: Workers = ALONE
@@ -59,6 +65,9 @@ def learn_sensitivity(
         batches: Examples of all workers.
         seed: Of the drawn answers.
         workers: Share the examples; all of them get the same metrics.
+
+    Raises:
+        NumericalError: There is NaN or infinity among the gradients.
     """
     views = layer_views(model)
     layers = {(view.index, ATTENTION): view.attention_output.module for view in views}
@@ -79,6 +88,7 @@ def learn_sensitivity(
     found = Sensitivity()
     for name in layers:
         workers.sum_(sums[name])
+        require_finite_gradients(sums[name], f"{name[1]} of layer {name[0]}", model.dtype)
         found.metrics[name] = _shrunk(sums[name].double())
         if weighed:
             found.tokens[name] = _weights(norms[name], workers)

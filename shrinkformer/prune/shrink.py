@@ -16,11 +16,12 @@ from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.curves import QUERIES, BlockCurves, measure_curves, narrowable
 from shrinkformer.prune.damage import FEW_TOKENS, Damage
 from shrinkformer.prune.divergence import Judge
+from shrinkformer.prune.guarded import prune_guarded
 from shrinkformer.prune.latency_table import LatencyCosts, LatencyTable
 from shrinkformer.prune.ledger import name_of
 from shrinkformer.prune.levels import BlockLevels
 from shrinkformer.prune.methods import SHRINK
-from shrinkformer.prune.plan import LayerPlan, Plan
+from shrinkformer.prune.plan import LayerPlan, Plan, warn_of_surprise
 from shrinkformer.prune.ranked import Ranked, rank_units
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
@@ -31,6 +32,7 @@ from shrinkformer.prune.sequential import RefitErrors, refit_blocks
 from shrinkformer.prune.statistics import Batches, Progress, stream_statistics
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.prune.surgery import with_blocks
+from shrinkformer.utils.memory import limited
 
 RIVAL = "stat"
 """The method that is taken where it does better."""
@@ -104,7 +106,37 @@ class Shrinker:
 
         Raises:
             BudgetError: The budget is below what every block must keep.
+            NumericalError: What was made computes NaN or infinity on the examples.
+            OutOfMemoryError: There is not enough memory even for one example at a time.
+
+        Warns:
+            ShrinkformerWarning: On examples set aside the model is much further from the dense one than predicted.
         """
+        pruned = self._guarded(lambda most: self._limited(most)._prune(budget))
+        warn_of_surprise(pruned.plan)
+        return pruned
+
+    def _guarded(self, prune: Callable[[int], Pruned]) -> Pruned:
+        return prune_guarded(prune, self.model, together(self.batches, self.aside), self.resources)
+
+    def _limited(self, most: int) -> "Shrinker":
+        """The same with smaller batches."""
+        batches = limited(self.batches, most)
+        aside = batches if self.aside is self.batches else limited(self.aside, most)
+        if batches is self.batches and aside is self.aside:
+            return self
+        workers = self.resources.workers
+        return replace(
+            self,
+            batches=batches,
+            aside=aside,
+            sensitivity=self.sensitivity.split(together(batches, aside)),
+            damage=Damage(self.model, batches, workers),
+            judge=Judge(self.model, aside, workers),
+            rival=replace(self.rival, batches=batches),
+        )
+
+    def _prune(self, budget: Budget) -> Pruned:
         seconds: dict[str, float] = {}
         costs = self._costs(budget)
         with timed(seconds, "allocation"):
@@ -134,7 +166,9 @@ class Shrinker:
         if name in plans and self._are_few:  # those that have judged help now
             with timed(seconds, "refit"):
                 best = self._refitted(costs, plans[name], together(self.batches, self.aside), f"{name}, all examples")
-        return Pruned(best.model, replace(best.plan, divergences=divergences, uniform=uniform), seconds)
+        prediction = {"predicted": found.predicted, "measured": divergences[name]}
+        plan = replace(best.plan, divergences=divergences, uniform=uniform, prediction=prediction)
+        return Pruned(best.model, plan, seconds)
 
     def prune_to(self, sizes: Sequence[LayerSize], sequence_length: float) -> Pruned:
         """A smaller copy of the model, in memory, with blocks of given sizes.
@@ -142,7 +176,14 @@ class Shrinker:
         Args:
             sizes: Of each block.
             sequence_length: Length in tokens at which MACs are counted, for the plan.
+
+        Raises:
+            NumericalError: What was made computes NaN or infinity on the examples.
+            OutOfMemoryError: There is not enough memory even for one example at a time.
         """
+        return self._guarded(lambda most: self._limited(most)._prune_to(sizes, sequence_length))
+
+    def _prune_to(self, sizes: Sequence[LayerSize], sequence_length: float) -> Pruned:
         costs = CostModel.of(layer_views(self.model), Budget(1.0, sequence_length))
         mu = model_macs(sizes, costs.hidden_size, sequence_length) / costs.dense
         seconds: dict[str, float] = {}

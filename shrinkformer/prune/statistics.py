@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import LayerView, layer_views
+from shrinkformer.prune.columns import ColumnSurvey
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.resume import BlockStore
@@ -64,7 +65,7 @@ def stream_statistics(
         inputs: Take the moments of what queries, keys and values are computed from, too.
     """
     workers, store = resources.workers, resources.store
-    stream = BlockStream(model, workers.share(batches), resources.offload)
+    stream, survey = BlockStream(model, workers.share(batches), resources.offload), ColumnSurvey()
     for view in progress(layer_views(model)):
         with resources.weights.resident(view.index):
             finished = workers.broadcast(store is not None and store.holds(view.index))
@@ -77,7 +78,10 @@ def stream_statistics(
                     store.write(view.index, moments)
                 workers.barrier()
             assert moments is not None
+            survey.add(f"{view.architecture.attention.output} of layer {view.index}", moments["heads"])
+            survey.add(f"{view.architecture.feed_forward.output} of layer {view.index}", moments["neurons"])
             yield view, LayerMoments(**moments)
+    survey.warn()
 
 
 def _observe(stream: BlockStream, view: LayerView, inputs: bool) -> dict[str, Moments]:

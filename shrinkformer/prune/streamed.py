@@ -1,6 +1,7 @@
 """Prune a model that does not fit into memory: finished blocks go straight to the checkpoint."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,13 +12,20 @@ from transformers.core_model_loading import revert_weight_conversion
 from shrinkformer.architectures import layer_views
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import complete, describe, replacing
+from shrinkformer.prune.guarded import in_smaller_batches
+from shrinkformer.prune.health import faults_located, require_finite
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.ranked import Ranked
+from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.shards import ShardWriter
+from shrinkformer.utils.memory import limited
+from shrinkformer.utils.precision import rounded
 
 SHARD_BYTES = 1e9
 """Size of the files of a streamed checkpoint: so much is held in memory until it is written."""
+
+_LEAST_SHARD_BYTES = 1e6
 
 
 def prune_to_folder(
@@ -45,7 +53,21 @@ def prune_to_folder(
     Raises:
         BudgetError: The budget is below what every block must keep.
         CheckpointError: The folder exists and holds something else.
+        NumericalError: A weight would be NaN or infinite in the file.
+        OutOfMemoryError: There is not enough memory even for one example at a time.
     """
+
+    def attempt(most: int) -> tuple[Plan, dict[str, float]]:
+        some = replace(calibrated, batches=limited(calibrated.batches, most))
+        return _prune_to_folder(some, budget, directory, dtype, tokenizer)
+
+    with faults_located(calibrated.model, calibrated.batches, calibrated.resources):
+        return in_smaller_batches(attempt, calibrated.batches, calibrated.resources.workers, what="pruning")
+
+
+def _prune_to_folder(
+    calibrated: Ranked, budget: Budget, directory: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Plan, dict[str, float]]:
     seconds: dict[str, float] = {}
     with timed(seconds, "allocation"):
         counts = calibrated.allocate(budget)
@@ -56,7 +78,7 @@ def prune_to_folder(
     prefix = block_prefix(model)
     layers = []
     with replacing(directory) as folder:
-        writer = ShardWriter(folder, max_shard_bytes=SHARD_BYTES)
+        writer = ShardWriter(folder, max_shard_bytes=shard_bytes(calibrated.resources))
         with timed(seconds, "refit"):
             add_tensors(writer, model, outside_blocks(model, prefix), dtype)
             for view, layer in blocks:
@@ -71,6 +93,12 @@ def prune_to_folder(
             model.generation_config.save_pretrained(folder)
         complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=None)
     return plan, seconds
+
+
+def shard_bytes(resources: Resources) -> float:
+    """Size of the files of a streamed checkpoint; smaller where little memory may be taken."""
+    offload = resources.offload
+    return SHARD_BYTES if offload is None else min(SHARD_BYTES, max(_LEAST_SHARD_BYTES, offload.limit))
 
 
 def block_prefix(model: PreTrainedModel) -> str:
@@ -93,6 +121,12 @@ def outside_blocks(model: PreTrainedModel, prefix: str) -> dict[str, Tensor]:
 
 
 def add_tensors(writer: ShardWriter, model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Write weights under the names that ``save_pretrained`` gives them: those of the hub, not always the model's."""
+    """Write weights under the names that ``save_pretrained`` gives them: those of the hub, not always the model's.
+
+    Raises:
+        NumericalError: A weight is NaN or infinite, or would be in the type of the file.
+    """
+    require_finite(tensors.items(), when=" of the smaller model")
     for name, tensor in revert_weight_conversion(model, tensors).items():
-        writer.add(name, (tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()).contiguous())
+        own = rounded(name, tensor, dtype) if tensor.is_floating_point() else tensor
+        writer.add(name, own.cpu().contiguous())

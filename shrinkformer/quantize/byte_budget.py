@@ -9,6 +9,7 @@ from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.errors import BudgetError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.curves import sized
+from shrinkformer.prune.guarded import learn_guarded
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.shrink import ShrinkConfig, Shrinker, learn
@@ -153,6 +154,24 @@ def learn_bytes(
     """
     require_packable(model)
     resources, shrink = resources or Resources(), replace(shrink or ShrinkConfig(), whole_heads=True)
+
+    def attempt(some: Batches) -> Compressor:
+        return _learn_bytes(model, some, config, limits, shrink, seed=seed, progress=progress, resources=resources)
+
+    return learn_guarded(attempt, model, batches, resources)
+
+
+def _learn_bytes(
+    model: PreTrainedModel,
+    batches: Batches,
+    config: QuantizeConfig,
+    limits: Budget,
+    shrink: ShrinkConfig,
+    *,
+    seed: int,
+    progress: Progress,
+    resources: Resources,
+) -> Compressor:
     shrinker = learn(model, batches, shrink, seed=seed, progress=progress, resources=resources)
     seconds, costs = dict(shrinker.seconds), ByteCosts(model, config)
     with timed(seconds, "selection"):

@@ -16,6 +16,7 @@ from shrinkformer.prune.stream import token_rows
 from shrinkformer.prune.streamed import tied_weights
 from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
 from shrinkformer.quantize.layer import quantize_weight
+from shrinkformer.quantize.scales import require_scales
 from shrinkformer.quantize.solver import Hessian
 from shrinkformer.utils.inputs import accepted_inputs
 from shrinkformer.utils.parallel import ALONE, Workers
@@ -95,6 +96,7 @@ class Outside:
         began, config, scheme = perf_counter(), self._config, self._config.scheme_of(name)
         assert scheme is not None
         weight, recipe = _weight(self._model.get_submodule(name)), config.recipe
+        require_scales(name, weight, scheme, config.scale_dtype)
         hessian = None
         if second is not None:
             hessian = Hessian.of(second, damping=recipe.damping, by_activity=recipe.by_activity)

@@ -12,13 +12,17 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import LayerView, Projection, layer_views
 from shrinkformer.errors import InputError
+from shrinkformer.prune.columns import ColumnSurvey, warn_of_few_tokens
 from shrinkformer.prune.fisher import output_metrics
+from shrinkformer.prune.guarded import learn_guarded
+from shrinkformer.prune.health import require_finite_outputs
 from shrinkformer.prune.passes import BlockPasses, DensePass
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.sites import Site, block_sites
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.prune.streamed import block_prefix
+from shrinkformer.quantize.attempts import repeatable
 from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
 from shrinkformer.quantize.final_norm import refit_final_norm
 from shrinkformer.quantize.grid import QuantizedWeight
@@ -26,6 +30,7 @@ from shrinkformer.quantize.layer import quantize_weights
 from shrinkformer.quantize.observe import Fold, merged, observe
 from shrinkformer.quantize.outside import Outside, require_outside
 from shrinkformer.quantize.resume import Finished, QuantizedBlocks
+from shrinkformer.quantize.scales import require_scales
 from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.quantize.solver import Hessian
 from shrinkformer.quantize.target import Target, correct
@@ -59,30 +64,58 @@ def quantize_(
     Raises:
         InputError: A value of ``config`` does not fit the model.
         UnsupportedModelError: There is no architecture record for the model, or it is quantized already.
-        NumericalError: The model computes NaN or infinity on the examples.
+        NumericalError: Weights, or what the model computes on the examples, are NaN or infinite, or become so.
+        OutOfMemoryError: There is not enough memory even for one example at a time, or too little once the first block
+            is finished: then some of the model is quantized and some is not.
+
+    Warns:
+        ShrinkformerWarning: There are fewer tokens than columns, columns are dead or huge, scales are too small for
+            their type, or batches had to be halved.
     """
     config, resources = config or QuantizeConfig(), resources or Resources()
     if dense is None:
         require_groups(model, config)
     require_outside(model, config)
-    model.eval()
+    if config.recipe.look_ahead:
+        warn_of_few_tokens(model, batches)
     began = perf_counter()
+
+    def attempt(some: Batches) -> Quantized:
+        return _quantize(model, some, config, dense, progress=progress, resources=resources, store=store)
+
+    quantized = learn_guarded(attempt, model, batches, resources)
+    require_finite_outputs(model, batches, resources.workers)
+    quantized.seconds["quantization"] = perf_counter() - began
+    return quantized
+
+
+def _quantize(
+    model: PreTrainedModel,
+    batches: Batches,
+    config: QuantizeConfig,
+    dense: PreTrainedModel | None,
+    *,
+    progress: Progress,
+    resources: Resources,
+    store: QuantizedBlocks | None,
+) -> Quantized:
+    """One attempt, which may fail and be repeated as long as no block is finished."""
     run = BlockQuantizer(model, model if dense is None else dense, batches, config, resources=resources, store=store)
     run.weigh_outputs(model, batches)
     outside, quantized = Outside(model, batches, config, resources.workers), Quantized({}, [], config)
-    outside.before(quantized)
-    run.enter(model)
     names = {module: name for name, module in model.named_modules()}
     aims = None if dense is None else layer_views(dense)
-    for view in progress(layer_views(model)):
-        copied = {id(model.config): model.config}
-        aim = aims[view.index] if aims else replace(view, block=copy.deepcopy(view.block, copied))
-        for layer in run.quantize(view, aim):
-            quantized.weights[names[view.linear(layer.path).module]] = layer.weight
-            quantized.layers.append(layer.report)
-    run.finish(model)
-    outside.behind(quantized)
-    quantized.seconds["quantization"] = perf_counter() - began
+    with repeatable(model, quantized):
+        outside.before(quantized)
+        run.enter(model)
+        for view in progress(layer_views(model)):
+            copied = {id(model.config): model.config}
+            aim = aims[view.index] if aims else replace(view, block=copy.deepcopy(view.block, copied))
+            for layer in run.quantize(view, aim):
+                quantized.weights[names[view.linear(layer.path).module]] = layer.weight
+                quantized.layers.append(layer.report)
+        run.finish(model)
+        outside.behind(quantized)
     return quantized
 
 
@@ -142,6 +175,7 @@ class BlockQuantizer:
         self._share = resources.workers.share(_at_least_two(batches))
         self._dense = BlockStream(dense, self._share, resources.offload) if self._recipe.correct else None
         self._stream: BlockStream | None = None
+        self._survey = ColumnSurvey()
 
     def enter(self, model: PreTrainedModel) -> None:
         """Put the examples at the entrance of the first block, once what stands before it is settled."""
@@ -218,6 +252,7 @@ class BlockQuantizer:
 
     def finish(self, model: PreTrainedModel) -> None:
         """Fit what stands behind the blocks to what they have become."""
+        self._survey.warn()
         if self._dense is not None and self._stream is not None:
             refit_final_norm(model, self._dense, self._stream, self._resources.workers)
 
@@ -232,11 +267,15 @@ class BlockQuantizer:
         """Quantize the layers of a site in place; those with a bias and those without are solved apart."""
         whole, scheme = None if folds is None else merged(folds), self._scheme(view, site)
         assert scheme is not None
+        if whole is not None:
+            self._survey.add(f"{site.paths[0]} of layer {view.index}", whole.inputs)
         kinds = {path: self._recipe.correct and view.linear(path).bias is not None for path in site.paths}
         for centred in sorted(set(kinds.values())):
             began = perf_counter()
             linears = {path: view.linear(path) for path in site.paths if kinds[path] == centred}
             aims = {path: self._aim(linear, folds, whole, centred=centred) for path, linear in linears.items()}
+            for path, aim in aims.items():
+                require_scales(f"{path} of layer {view.index}", aim.weight, scheme, self._config.scale_dtype)
             hessian = None
             if whole is not None:
                 second = whole.inputs.covariance() if centred else whole.inputs.second

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from shrinkformer.architectures import LayerView, layer_views
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe, replacing
+from shrinkformer.prune.columns import warn_of_few_tokens
+from shrinkformer.prune.guarded import learn_guarded
 from shrinkformer.prune.plan import LayerPlan, Plan
 from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.shards import ShardWriter
 from shrinkformer.prune.statistics import Batches, Progress
-from shrinkformer.prune.streamed import SHARD_BYTES, add_tensors, block_prefix, outside_blocks
+from shrinkformer.prune.streamed import add_tensors, block_prefix, outside_blocks, shard_bytes
 from shrinkformer.quantize.checkpoint import add_weights, finish_folder, require_format
 from shrinkformer.quantize.config import QuantizeConfig, Quantized
 from shrinkformer.quantize.final_norm import final_norm
@@ -87,9 +89,47 @@ def quantize_to_folder(
         InputError: The format cannot hold what comes out.
         BudgetError: The budget is below what every block must keep.
         CheckpointError: The folder exists and holds something else.
+        NumericalError: Weights, or what the model computes on the examples, are NaN or infinite, or become so.
+        OutOfMemoryError: There is not enough memory even for one example at a time.
     """
+
+    def attempt(some: Batches) -> tuple[Quantized, Plan | None]:
+        own = None if pruning is None else (replace(pruning[0], batches=some), pruning[1])
+        run = BlockQuantizer(model, model, some, config, resources=resources, store=store)
+        return _quantize_to_folder(
+            run,
+            model,
+            config,
+            directory,
+            format=format,
+            dtype=dtype,
+            resources=resources,
+            pruning=own,
+            decoded=decoded,
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+
+    if config.recipe.look_ahead:
+        warn_of_few_tokens(model, batches)
+    return learn_guarded(attempt, model, batches, resources)
+
+
+def _quantize_to_folder(
+    run: BlockQuantizer,
+    model: PreTrainedModel,
+    config: QuantizeConfig,
+    directory: Path,
+    *,
+    format: str,
+    dtype: torch.dtype,
+    resources: Resources,
+    pruning: tuple[Ranked, Budget] | None,
+    decoded: Path | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    progress: Progress,
+) -> tuple[Quantized, Plan | None]:
     found, prefix, layers = Quantized({}, [], config), block_prefix(model), list[LayerPlan]()
-    run = BlockQuantizer(model, model, batches, config, resources=resources, store=store)
     run.enter(model)
     own = copy.deepcopy(model.config)
     blocks = _blocks(model, own, resources, pruning, layers)
@@ -97,7 +137,11 @@ def quantize_to_folder(
         timed(found.seconds, "quantization"),
         replacing(directory) if resources.workers.is_main else nullcontext(directory) as folder,
     ):
-        sinks = _sinks(model, folder, decoded, format, dtype) if resources.workers.is_main else []
+        sinks = (
+            _sinks(model, folder, decoded, format, dtype, size=shard_bytes(resources))
+            if resources.workers.is_main
+            else []
+        )
         for view in progress(blocks):
             with resources.weights.resident(view.index):
                 for layer in run.quantize(view, layer_views(model)[view.index]):
@@ -107,25 +151,36 @@ def quantize_to_folder(
             for sink in sinks:
                 sink.take(view, prefix, found)
             found.weights.clear()
-        norm = final_norm(model)
-        before = None if norm is None else copy.deepcopy(norm.state_dict())
-        run.finish(model)
-        plan = _plan(pruning, layers, own, model)
-        for sink in sinks:
-            add_tensors(sink.writer, model, outside_blocks(model, prefix), dtype)
-            sink.writer.finish()
-            where = folder if sink is sinks[0] else decoded
-            assert where is not None
-            finish_folder(where, model, own, sink.format, sink.schemes, plan=plan, tokenizer=tokenizer, dtype=dtype)
-        if norm is not None and before is not None:  # it was fitted; other budgets start from the dense model
-            norm.load_state_dict(before)
+        with _norm_put_back(model):
+            run.finish(model)
+            plan = _plan(pruning, layers, own, model)
+            for sink in sinks:
+                add_tensors(sink.writer, model, outside_blocks(model, prefix), dtype)
+                sink.writer.finish()
+                where = folder if sink is sinks[0] else decoded
+                assert where is not None
+                finish_folder(where, model, own, sink.format, sink.schemes, plan=plan, tokenizer=tokenizer, dtype=dtype)
     return found, plan
 
 
-def _sinks(model: PreTrainedModel, folder: Path, decoded: Path | None, format: str, dtype: torch.dtype) -> list[_Sink]:
-    sinks = [_Sink(model, ShardWriter(folder, SHARD_BYTES), FORMATS[format], dtype)]
+@contextmanager
+def _norm_put_back(model: PreTrainedModel) -> Iterator[None]:
+    """Let the norm behind the blocks be fitted; other budgets, and another attempt, start from the dense model."""
+    norm = final_norm(model)
+    before = None if norm is None else copy.deepcopy(norm.state_dict())
+    try:
+        yield
+    finally:
+        if norm is not None and before is not None:
+            norm.load_state_dict(before)
+
+
+def _sinks(
+    model: PreTrainedModel, folder: Path, decoded: Path | None, format: str, dtype: torch.dtype, *, size: float
+) -> list[_Sink]:
+    sinks = [_Sink(model, ShardWriter(folder, size), FORMATS[format], dtype)]
     if decoded is not None:
-        sinks.append(_Sink(model, ShardWriter(decoded, SHARD_BYTES), FLOAT, dtype))
+        sinks.append(_Sink(model, ShardWriter(decoded, size), FLOAT, dtype))
     return sinks
 
 

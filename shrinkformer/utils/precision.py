@@ -1,4 +1,4 @@
-"""How exact the products of matrices are."""
+"""How exact the products of matrices are, and what types of numbers can hold."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from shrinkformer.errors import NumericalError
 
 
 @contextmanager
@@ -28,6 +30,43 @@ def fast_products(device: torch.device) -> Iterator[None]:
 def round_rows(rows: Tensor) -> Tensor:
     """Rows in float32 with the precision of bfloat16."""
     return rows.bfloat16().float()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether nothing in a tensor is NaN or infinite; one pass, without a mask as large as the tensor."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor.detach())  # NaN goes through
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def first_fault(tensor: Tensor) -> tuple[tuple[int, ...], int]:
+    """Index of the first entry that is NaN or infinite, and how many are; there must be one."""
+    bad = (~torch.isfinite(tensor)).nonzero()
+    return tuple(bad[0].tolist()), len(bad)
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another type.
+
+    Args:
+        name: Of the tensor, for the message.
+        tensor: Finite where the result shall be.
+        dtype: The type.
+
+    Raises:
+        NumericalError: An entry is too large for it.
+    """
+    if tensor.is_floating_point() and tensor.numel() and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        largest = torch.stack(torch.aminmax(tensor.detach())).abs().max()
+        if torch.isfinite(largest) and not torch.isfinite(largest.to(dtype)):
+            kind = str(dtype).removeprefix("torch.")
+            raise NumericalError(
+                f"{name}: its largest value, {float(largest):.4g}, overflows in {kind}, the type of the checkpoint, "
+                f"which ends at {torch.finfo(dtype).max:.5g}; save the dense checkpoint in bfloat16 or float32 and "
+                "start from that, or choose a larger --mu."
+            )
+    return tensor.to(dtype)
 
 
 def half_precision(device: torch.device) -> torch.autocast:
