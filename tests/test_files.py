@@ -51,9 +51,12 @@ def test_file_systems_that_cannot_exchange(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
     target = folder(tmp_path / "model", "old")
-    with pytest.raises(OSError, match="full"), new_folder(target) as made:
+    def fail(made: Path) -> None:
         (made / "weights").write_text("half")
         raise OSError("full")
+
+    with pytest.raises(OSError, match="full"), new_folder(target) as made:
+        fail(made)
     assert (target / "weights").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

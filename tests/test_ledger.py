@@ -116,4 +116,4 @@ def test_finished_budgets_outlive_the_run(tmp_path: Path) -> None:
     again = Ledger(tmp_path / "ledger", IDENTITY, data=tmp_path / "spill" / "data", resume=True)
     assert again.finished(BUDGETS[0]) == {"folder": "here"}
     assert again.finished(BUDGETS[1]) is None
-    assert len(again.values) == 1
+    assert len(again.values.names) == 1

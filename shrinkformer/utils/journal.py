@@ -29,8 +29,10 @@ class Journal:
         if file is not None and file.exists():
             self._read(file)
 
-    def __len__(self) -> int:
-        return len(self._known)
+    @property
+    def names(self) -> list[str]:
+        """Of what an earlier run left."""
+        return list(self._known)
 
     def value(self, name: str, find: Callable[[], Value]) -> Value:
         """A value that is known, or found now.
