@@ -128,7 +128,7 @@ def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             stock.__init__(self, config, *args, **kwargs)
         finally:
             config.per_layer_config = overrides
-        if overrides:
+        if (getattr(config, "shrinkformer", None) or {}).get("layers"):  # overrides cannot say widths of heads
             resize_model(self, config)
 
     # Weights have the stock class's names, so its renames between versions of transformers hold for ours as well.
