@@ -1,6 +1,5 @@
 """What holds for every model, plan, budget and calibration sample; drawn by hypothesis, see ``benchmarks.fuzz``."""
 
-import copy
 import json
 import random
 import re
@@ -283,19 +282,14 @@ def _parameters(view: Any, size: LayerSize) -> int:
 
 
 def _saved_and_loaded(model: PreTrainedModel, plan: Plan, batch: Batch, *, again: bool = False) -> None:
-    """A folder gives back the same model, to the last bit; and so does the folder that is made from that.
-
-    Loaded weights are views into the file, at addresses that are no multiple of 64 bytes, and matrix products of a few
-    rows then round in another order. A copy has the addresses that weights in memory have.
-    """
+    """A folder gives back the same model, to the last bit; and so does the folder that is made from that."""
     expected = outputs(model, batch)
     with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
         folder = save(model, Path(scratch) / "small", plan=plan)
         loaded = load(folder, attn_implementation=model.config._attn_implementation).eval()
         held = model.state_dict()
         assert all(torch.equal(tensor, held[name]) for name, tensor in loaded.state_dict().items())
-        assert torch.equal(outputs(copy.deepcopy(loaded), batch), expected)
-        _same(expected, outputs(loaded, batch))
+        assert torch.equal(outputs(loaded, batch), expected)
         assert layer_sizes(layer_views(loaded)) == layer_sizes(layer_views(model))
         assert count_parameters(loaded) == count_parameters(model)
         assert loaded.dtype == model.dtype

@@ -34,6 +34,8 @@ from shrinkformer.prune.surgery import kept_sizes
 FORMAT = 1
 PLAN_FILE = "shrinkformer_plan.json"
 
+_ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
+
 _AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
@@ -225,6 +227,18 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     if is_stock(config) and not (path / PLAN_FILE).exists():
         raise CheckpointError(f"{path} was not pruned by shrinkformer; load it with transformers' Auto classes.")
     model: PreTrainedModel = written_class(path, config).from_pretrained(path, **kwargs)
+    return align(model)
+
+
+def align(model: PreTrainedModel) -> PreTrainedModel:
+    """Give weights that are views into a file memory as torch allocates it; in place.
+
+    In a file they begin anywhere, and products of a few rows then round in another order than in the model that was
+    saved.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     return model
 
 

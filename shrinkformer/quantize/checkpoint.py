@@ -236,4 +236,4 @@ def load(
     dtype = kwargs.pop("dtype", None) or config.dtype or torch.float32
     state = read_quantized_state_dict(path, section, dtype)
     model: PreTrainedModel = chosen.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)
-    return model.eval()
+    return checkpoint.align(model.eval())
