@@ -64,7 +64,7 @@ def check_plan(data: st.DataObject, family: str) -> str:
         for cut, size in zip(cuts, sizes, strict=True)
     ]
     costs = [model_macs(of, hidden, length) for of in (dense, sizes)]
-    plan = Plan("any", 1.0, 0, length, *costs, layers=tuple(layers))
+    plan = Plan("any", 1.0, 0, length, costs[0], costs[1], tuple(layers))
     _same(expected, found, _tokens(batch, found))
     _saved_and_loaded(model, plan, batch, again=how_often == 0)
     if how_often == 1:
@@ -217,9 +217,9 @@ def _least(model: PreTrainedModel, budget: Budget) -> float | None:
     if not budget.uniform:
         return _macs([options[0] for options in least], costs) / costs.dense
     fewest = min(size.neurons for size in sizes) // step * step
-    neurons = min(max(-(-budget.min_neurons // step) * step, step), fewest)
+    alike = min(max(-(-budget.min_neurons // step) * step, step), fewest)
     counts = [heads for heads in costs.head_counts if heads >= budget.min_heads] or [costs.head_counts[-1]]
-    return min(_macs([replace(size, heads=heads, neurons=neurons) for size in sizes], costs) for heads in counts) / (
+    return min(_macs([replace(size, heads=heads, neurons=alike) for size in sizes], costs) for heads in counts) / (
         costs.dense
     )
 

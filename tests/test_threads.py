@@ -21,7 +21,7 @@ def threads() -> Iterator[None]:
 
 def made(job: str, count: int) -> Made:
     torch.set_num_threads(count)
-    return make(job, build_model(hidden_size=64, intermediate_size=256), copy.deepcopy(BATCHES), mu=0.5)
+    return make(job, build_model(hidden_size=128, intermediate_size=256), copy.deepcopy(BATCHES), mu=0.5)
 
 
 @pytest.mark.usefixtures("threads")

@@ -106,7 +106,7 @@ def _per_output(scores: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float6
 
     Blocks that compute nothing but zeros say nothing about the others.
     """
-    depth = np.flatnonzero([block[0] > np.finfo(np.float64).tiny for block in scores])
+    depth = [index for index, block in enumerate(scores) if block[0] > np.finfo(np.float64).tiny]
     first = np.log([scores[index][0] for index in depth])
     slope, start = np.polyfit(depth, first, deg=1) if len(depth) > 1 else (0.0, first.sum())
     return [block / np.exp(slope * index + start) for index, block in enumerate(scores)]
