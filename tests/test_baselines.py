@@ -10,7 +10,7 @@ from shrinkformer.architectures import LayerView, layer_views, unit_columns
 from shrinkformer.prune.allocation import allocate_at_threshold
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.elimination import eliminate
-from shrinkformer.prune.methods import METHODS, LayerRanking, get_method
+from shrinkformer.prune.methods import METHODS, LayerRanking, _per_output, get_method
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.refit import Correction, correct_consumer
@@ -187,3 +187,11 @@ def test_flap_prefers_no_sublayer() -> None:
         return method.allocate(rankings, costs)
 
     assert counts(1.0) == counts(1000.0)
+
+
+def test_blocks_of_zeros_say_nothing_about_the_depth_of_others() -> None:
+    alive, dead = np.array([4.0, 2.0]), np.zeros(2)
+    found = _per_output([dead, alive, 2 * alive, dead])
+    assert np.allclose(found, [dead, alive / 4, alive / 4, dead])
+    assert np.array_equal(_per_output([dead]), [dead])
+    assert np.allclose(_per_output([dead, alive]), [dead, alive / 4])

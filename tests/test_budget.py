@@ -92,3 +92,20 @@ def test_bad_budgets(arguments: tuple[Any, ...], message: str) -> None:
 def test_round_to_wider_than_a_block() -> None:
     with pytest.raises(InputError, match="--round_to 128: a block has only 96 neurons"):
         allocate(cost_model(Budget(0.5, 20, 128)))
+
+
+@pytest.mark.parametrize("widths", [(2, 8), (8, 2)])
+def test_heads_of_different_widths_are_counted_as_what_they_are(widths: tuple[int, int]) -> None:
+    """A model that was pruned before may have narrower heads in one block than in the next."""
+    layers = tuple(LayerSize(6, width, 96, query_width=width, value_width=width) for width in widths)
+    for mu in (0.9, 0.5, 0.1):
+        costs = CostModel(layers, 48, Budget(mu, 20))
+        for counts in (allocate(costs), allocate_uniformly(costs)):
+            everything = counts.neurons == (96, 96)
+            assert mu - 1.01 * costs.neuron / costs.dense < costs.macs(counts) / costs.dense <= mu or everything
+            assert costs.macs(counts) <= mu * costs.dense
+    least = CostModel(layers, 48, Budget(1.0, 20))
+    share = least.macs(Counts((1, 1), (1, 1))) / least.dense
+    require_feasible(CostModel(layers, 48, Budget(share * 1.0001, 20)))
+    with pytest.raises(BudgetError, match=f"takes mu {share:.4f}"):
+        require_feasible(CostModel(layers, 48, Budget(share * 0.9999, 20)))

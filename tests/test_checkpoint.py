@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertModel, pipeline
 
+from shrinkformer.architectures import layer_views, unit_columns
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
+from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import prune_model
+from shrinkformer.prune.refit import slice_consumer
 from shrinkformer.prune.result import Pruned
+from shrinkformer.prune.surgery import Weights, rebuild, remove_heads
 from tests.conftest import FAMILIES, WITHOUT_US, build_model, build_tokenizer, make_batches
 
 # Runs where shrinkformer cannot be imported, as on a machine that has transformers only.
@@ -207,3 +212,40 @@ def test_pipelines_take_it(tmp_path: Path, batches: list[dict[str, Any]], caplog
         answer = pipeline("text-classification", model=str(folder), trust_remote_code=True)("the cat sees a dog")
     assert 0.5 <= answer[0]["score"] <= 1
     assert "not supported" not in caplog.text
+
+
+@pytest.mark.parametrize(("family", "narrower"), [("bert", True), ("llama", True), ("gpt_neox", False)])
+def test_sizes_that_transformers_has_no_words_for(
+    family: str, narrower: bool, tmp_path: Path, batches: list[dict[str, Any]]
+) -> None:
+    """All heads and neurons stay, heads are narrower; or only heads go, of a family whose heads it cannot count."""
+    model = build_model(family)
+    for view in layer_views(model):
+        size, record = layer_sizes([view])[0], view.architecture.attention
+        if narrower:
+            value, output = view.linear(record.value), view.linear(record.output)
+            rows = unit_columns(torch.arange(size.heads), 8).reshape(size.heads, 8)[:, :5].reshape(-1)
+            columns = unit_columns(torch.arange(size.heads * size.queries), 8).reshape(-1, 8)[:, :5].reshape(-1)
+            filling = {
+                record.value: Weights.rows(value, rows),
+                record.output: Weights(output.weight[:, columns], output.bias),
+            }
+            rebuild(view, replace(size, value_width=5), filling)
+        else:
+            kept = torch.tensor([0, 2])
+            remove_heads(view, kept, slice_consumer(view.attention_output, unit_columns(kept, 8)))
+    again = load(save(model, tmp_path / "small")).eval()
+    assert layer_sizes(layer_views(again)) == layer_sizes(layer_views(model))
+    assert torch.equal(again(**batches[0])[0], model(**batches[0])[0])
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen2"])
+def test_one_token_gives_the_same_bits(family: str, tmp_path: Path) -> None:
+    """Weights in a file begin at any address, and products of one row round by address."""
+    model = build_model(family, hidden_size=12, num_attention_heads=2, intermediate_size=7, num_hidden_layers=2)
+    for seed in range(4):
+        (batch,) = make_batches([1 + seed], batch_size=1, seed=seed)
+        pruned = prune_model(model, [batch], mu=0.8, method="magnitude")
+        again = load(save(pruned.model, tmp_path / f"small-{seed}", plan=pruned.plan)).eval()
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in again.state_dict().values())
+        assert torch.equal(again(**batch)[0], pruned.model(**batch)[0])

@@ -51,6 +51,7 @@ def test_file_systems_that_cannot_exchange(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
     target = folder(tmp_path / "model", "old")
+
     def fail(made: Path) -> None:
         (made / "weights").write_text("half")
         raise OSError("full")

@@ -247,3 +247,14 @@ def test_fast_products_leave_flags_alone():
     with fast_products(torch.device("cpu")):
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == flags
+
+
+def test_constant_columns_have_no_covariance():
+    """Of two columns that only rounding changes, cancellation leaves a matrix with negative eigenvalues."""
+    generator = torch.Generator().manual_seed(0)
+    Z = torch.randn(50, 3, generator=generator)
+    Z[:, :2] = torch.tensor([30.0, -70.0]) * (1 + 5e-8 * torch.randn(50, 2, generator=generator))
+    covariance = collect(Z).covariance()
+    assert not covariance[:2].any()
+    assert not covariance[:, :2].any()
+    assert float(covariance[2, 2]) == pytest.approx(49 * float(Z[:, 2].var()))

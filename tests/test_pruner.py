@@ -1,6 +1,7 @@
 """What pruning promises, whatever the architecture."""
 
 import json
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ from shrinkformer.architectures import layer_views
 from shrinkformer.efficiency.macs import count_matmul_macs
 from shrinkformer.errors import InputError, NumericalError
 from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.cholesky import DampingWarning
 from shrinkformer.prune.methods import METHOD_NAMES
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import calibrate, prune_model
 from shrinkformer.prune.refit import Correction, correct_consumer
 from shrinkformer.prune.resources import Resources
+from shrinkformer.prune.shrink import ShrinkConfig
 from shrinkformer.prune.statistics import stream_statistics
 from shrinkformer.prune.stream import BlockStream, count_tokens
 from tests.conftest import build_model, make_batches
@@ -186,3 +189,65 @@ def test_cuda_gives_the_same_plan(batches: list[dict[str, Any]]) -> None:
         for device in ("cpu", "cuda")
     ]
     assert kept(plans[0]) == kept(plans[1])
+
+
+@pytest.mark.parametrize("method", [name for name in METHOD_NAMES if name != "kprune"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_hardly_any_calibration_data(family: str, method: str) -> None:
+    """One token, and one example again and again: second moments of rank one, rounding about the mean."""
+    sizes = {"num_attention_heads": 2, "hidden_size": 4, "intermediate_size": 16, "num_hidden_layers": 2}
+    once = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, 1, dtype=torch.int64)}
+    again = {name: tensor.expand(4, 1) for name, tensor in once.items()}
+    for seed in range(3):
+        for batches in ([once], [once, again]):
+            model = build_model(family, seed=seed, **sizes)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DampingWarning)
+                pruned = prune_model(model, batches, mu=0.7, method=method, config=ShrinkConfig(search_seconds=0))
+            assert pruned.plan.ratio <= 0.7
+            assert torch.isfinite(pruned.model(**once)[0]).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '"layers"',
+        "[" * 20_000,
+        json.dumps({"layers": [{"heads": 3}]}),
+    ],
+)
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="this is no plan of shrinkformer") as caught:
+        Plan.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mu": "half"}, "mu is 'half'"),
+        ({"macs": float("nan")}, "macs is nan"),
+        ({"dense_macs": 0}, "dense_macs is 0"),
+        ({"seed": True}, "seed is True"),
+        ({"method": None}, "method is None"),
+        ({"divergences": {"stat": "near"}}, "divergences is"),
+        ({"layers": [{"heads": "01", "neurons": []}]}, "layer 0 has sizes that are no numbers"),
+        ({"layers": [{"heads": [], "neurons": [], "ffn_error": "none"}]}, "layer 0 has errors that are no numbers"),
+    ],
+)
+def test_plans_with_values_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    plan = {
+        "method": "stat",
+        "mu": 0.5,
+        "seed": 0,
+        "sequence_length": 9.0,
+        "dense_macs": 2.0,
+        "macs": 1.0,
+        "layers": [],
+    }
+    assert Plan.from_json(json.dumps(plan)).ratio == 0.5
+    with pytest.raises(InputError, match=message):
+        Plan.from_json(json.dumps(plan | changes))

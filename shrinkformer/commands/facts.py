@@ -138,12 +138,12 @@ def _read_plan(folder: Path | None) -> Plan | None:
     try:
         text = file.read_text(encoding="utf-8")
         return None if text.strip() == "{}" else Plan.from_json(text)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except ValueError:  # that it is no plan, or no text
         raise InputError(f"{PLAN_FILE} is no plan; remove it, or prune again.") from None
 
 
 def _sizes_differ(config: PreTrainedConfig) -> bool:
-    return bool(getattr(config, "shrinkformer", None)) and bool(getattr(config, "per_layer_config", None))
+    return bool((getattr(config, "shrinkformer", None) or {}).get("layers"))
 
 
 def _before_pruning(config: PreTrainedConfig) -> PreTrainedConfig:

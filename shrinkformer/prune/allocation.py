@@ -115,7 +115,7 @@ def allocate_at_threshold(costs: CostModel, head_scores: Scores, neuron_scores: 
     candidates = _affordable_heads(costs, heads, units, heads.least)
     chosen = candidates[0]
     for total in candidates:  # the more heads, the worse the last of them, and the better the last neuron
-        if heads.worst(total) >= units.worst(min(costs.affordable_units(total), units.capacity)):
+        if heads.worst(total) >= units.worst(min(_room(costs, heads, total), units.capacity)):
             chosen = total
     return _counts(costs, heads, units, chosen)
 
@@ -131,7 +131,7 @@ def allocate_for_most(costs: CostModel, head_scores: Scores, neuron_scores: Scor
     heads, units = _pools(costs, head_scores, neuron_scores)
 
     def worth(total: int) -> float:
-        beside = min(costs.affordable_units(total), units.capacity)
+        beside = min(_room(costs, heads, total), units.capacity)
         return heads.worth(total) + costs.budget.round_to * units.worth(beside)
 
     return _counts(costs, heads, units, max(_feasible_heads(costs, heads, units), key=worth))
@@ -177,7 +177,7 @@ def _unit_scores(scores: NDArray[np.float64], round_to: int) -> NDArray[np.float
 
 def _counts(costs: CostModel, heads: _Pool, units: _Pool, total_heads: int) -> Counts:
     """The best heads, so many, and the best neurons that fit beside them."""
-    total_units = min(costs.affordable_units(total_heads), units.capacity)
+    total_units = min(_room(costs, heads, total_heads), units.capacity)
     return Counts(tuple(heads.cut(total_heads).tolist()), _neurons(costs, units.cut(total_units)))
 
 
@@ -185,11 +185,16 @@ def _neurons(costs: CostModel, units: NDArray[np.int64]) -> tuple[int, ...]:
     return tuple((units * costs.budget.round_to).tolist())
 
 
+def _room(costs: CostModel, heads: _Pool, total_heads: int) -> int:
+    """Units that fit beside the best heads, so many; may be negative."""
+    return costs.affordable_units(heads.cut(total_heads).tolist())
+
+
 def _feasible_heads(costs: CostModel, heads: _Pool, units: _Pool) -> list[int]:
     """Numbers of heads that leave room for enough neurons."""
     cheapest = costs.macs(Counts(tuple(heads.minimum.tolist()), _neurons(costs, units.minimum)))
     candidates = [
-        count for count in range(heads.least, heads.capacity + 1) if costs.affordable_units(count) >= units.least
+        count for count in range(heads.least, heads.capacity + 1) if _room(costs, heads, count) >= units.least
     ]
     if not candidates:
         raise BudgetError(
@@ -203,6 +208,6 @@ def _feasible_heads(costs: CostModel, heads: _Pool, units: _Pool) -> list[int]:
 def _affordable_heads(costs: CostModel, heads: _Pool, units: _Pool, fewest: int) -> list[int]:
     """Of these, numbers of heads that leave nothing unspent while heads are to be had."""
     candidates = _feasible_heads(costs, heads, units)
-    spending = [count for count in candidates if costs.affordable_units(count) <= units.capacity]
+    spending = [count for count in candidates if _room(costs, heads, count) <= units.capacity]
     candidates = spending or candidates[-1:]
     return [count for count in candidates if count >= fewest] or candidates[-1:]

@@ -95,10 +95,9 @@ class CostModel:
         """What may stay, with room for rounding in a sum."""
         return self.budget.mu * self.dense * (1 - _SLACK if self.budget.mu < 1 else 1 + _SLACK)
 
-    @property
-    def head(self) -> float:
-        """MACs of one head."""
-        return attention_macs(self.budget.sequence_length, self.hidden_size, replace(self.layers[0], heads=1))
+    def head(self, index: int) -> float:
+        """MACs of one head of a block; heads of a model that was pruned before may differ in width."""
+        return attention_macs(self.budget.sequence_length, self.hidden_size, replace(self.layers[index], heads=1))
 
     @property
     def neuron(self) -> float:
@@ -124,9 +123,10 @@ class CostModel:
             for heads, neurons, layer in zip(counts.heads, counts.neurons, self.layers, strict=True)
         ]
 
-    def affordable_units(self, heads: int) -> int:
-        """How many groups of ``round_to`` neurons, over all blocks, fit beside a number of heads; may be negative."""
-        return int(np.floor((self.allowance - heads * self.head) / (self.neuron * self.budget.round_to)))
+    def affordable_units(self, heads: Sequence[int]) -> int:
+        """How many groups of ``round_to`` neurons, over all blocks, fit beside each block's heads; may be negative."""
+        taken = sum(count * self.head(index) for index, count in enumerate(heads))
+        return int(np.floor((self.allowance - taken) / (self.neuron * self.budget.round_to)))
 
 
 def layer_sizes(views: Sequence[LayerView]) -> tuple[LayerSize, ...]:

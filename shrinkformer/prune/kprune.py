@@ -72,7 +72,7 @@ class Knowledge:
             total = max(sum(float(part.sum()) for part in kind), np.finfo(np.float64).tiny)
             shares.append([part / total for part in kind])
         return [
-            (known + _REPRESENTATION * shown) / (costs.head if part.heads else costs.neuron)
+            (known + _REPRESENTATION * shown) / (costs.head(part.view.index) if part.heads else costs.neuron)
             for known, shown, part in zip(*shares, parts, strict=True)
         ]
 

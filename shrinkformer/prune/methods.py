@@ -102,10 +102,13 @@ class Stat:
 
 
 def _per_output(scores: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
-    """Scores of all blocks relative to how large they are at that depth, by an exponential fit of the first of each."""
-    depth = np.arange(len(scores))
-    first = np.log([max(block[0], np.finfo(np.float64).tiny) for block in scores])
-    slope, start = np.polyfit(depth, first, deg=1) if len(scores) > 1 else (0.0, first[0])
+    """Scores of all blocks relative to how large they are at that depth, by an exponential fit of the first of each.
+
+    Blocks that compute nothing but zeros say nothing about the others.
+    """
+    depth = [index for index, block in enumerate(scores) if block[0] > np.finfo(np.float64).tiny]
+    first = np.log([scores[index][0] for index in depth])
+    slope, start = np.polyfit(depth, first, deg=1) if len(depth) > 1 else (0.0, first.sum())
     return [block / np.exp(slope * index + start) for index, block in enumerate(scores)]
 
 

@@ -17,6 +17,9 @@ from torch import Tensor
 from shrinkformer.errors import InputError, NumericalError
 from shrinkformer.utils.precision import exact_products, fast_products
 
+_CONSTANT = 1e-13
+"""Share of a column's second moment that is about its mean, below which that is rounding: of float32 data, squared."""
+
 Precision = Literal["auto", "mixed", "double", "fast"]
 
 _BATCH_ROWS = 4096  # float32 rounding inside one product grows with its length, the float64 sum outside does not
@@ -117,11 +120,17 @@ class Moments:
     def covariance(self) -> Tensor:
         """Return the centred second moment Z'Z - N mu mu', (n, n) float64: a sum as well, not divided.
 
+        Columns that are constant up to rounding are zero: what cancellation leaves of them is no second moment.
+
         Raises:
             NumericalError: No token was seen yet.
         """
         self._require_tokens("a covariance")
-        return self.second - torch.outer(self.total, self.total / self.count)
+        centred = self.second - torch.outer(self.total, self.total / self.count)
+        constant = centred.diagonal() <= _CONSTANT * self.second.diagonal()
+        centred[constant] = 0.0
+        centred[:, constant] = 0.0
+        return centred
 
     def update(self, rows: Tensor) -> None:
         """Add tokens. Costs ``N n^2`` flops (the upper triangle only), in batches of at most 4096 rows.

@@ -1,12 +1,13 @@
 """What a pruned model keeps: the result of every pruning method, and part of every checkpoint."""
 
 import json
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from shrinkformer.errors import ShrinkformerWarning
+from shrinkformer.errors import InputError, ShrinkformerWarning
 
 SURPRISE = 3.0
 """Times the predicted damage that a model may do on examples set aside."""
@@ -87,16 +88,58 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """The plan that :meth:`to_json` wrote."""
-        fields: dict[str, Any] = json.loads(text)
-        layers: Sequence[dict[str, Any]] = fields.pop("layers")
-        return cls(
-            layers=tuple(
-                LayerPlan(**{**layer, "heads": tuple(layer["heads"]), "neurons": tuple(layer["neurons"])})
-                for layer in layers
-            ),
-            **fields,
-        )
+        """The plan that :meth:`to_json` wrote.
+
+        Raises:
+            InputError: The text is no plan.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            layers: Sequence[dict[str, Any]] = fields.pop("layers")
+            plan = cls(
+                layers=tuple(
+                    LayerPlan(**{**layer, "heads": tuple(layer["heads"]), "neurons": tuple(layer["neurons"])})
+                    for layer in layers
+                ),
+                **fields,
+            )
+            wrong = next(_wrong_values(plan), None)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            raise InputError(f"this is no plan of shrinkformer ({_in_one_line(error)}); prune again.") from None
+        if wrong is not None:
+            raise InputError(f"this is no plan of shrinkformer: {wrong}; prune again.")
+        return plan
+
+
+def _wrong_values(plan: Plan) -> Iterator[str]:
+    """What cannot be, of values that JSON may hold in place of those of a plan."""
+    for name in ("method", "budget"):
+        if not isinstance(getattr(plan, name), str):
+            yield f"{name} is {getattr(plan, name)!r}"
+    for name in ("mu", "sequence_length", "dense_macs", "macs"):
+        if not _is_number(getattr(plan, name)):
+            yield f"{name} is {getattr(plan, name)!r}"
+    if type(plan.seed) is not int:
+        yield f"seed is {plan.seed!r}"
+    if not plan.dense_macs > 0:
+        yield f"dense_macs is {plan.dense_macs!r}"
+    for name in ("divergences", "uniform", "prediction"):
+        if not all(map(_is_number, getattr(plan, name).values())):
+            yield f"{name} is {getattr(plan, name)!r}"
+    for index, layer in enumerate(plan.layers):
+        whole = (*layer.heads, *layer.neurons, layer.query_width, layer.value_width)
+        if not all(type(number) is int and number >= 0 for number in whole):
+            yield f"layer {index} has sizes that are no numbers"
+        if not all(map(_is_number, (layer.attention_error, layer.ffn_error))):
+            yield f"layer {index} has errors that are no numbers"
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type]  # no bool
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def warn_of_surprise(plan: Plan) -> None:

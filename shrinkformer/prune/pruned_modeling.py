@@ -140,7 +140,7 @@ def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             stock.__init__(self, config, *args, **kwargs)
         finally:
             config.per_layer_config = overrides
-        if overrides:
+        if (getattr(config, "shrinkformer", None) or {}).get("layers"):  # overrides cannot say widths of heads
             resize_model(self, config)
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:

@@ -123,7 +123,8 @@ def rank_heads_by_fluctuation(view: LayerView, moments: Moments) -> Ranking:
 def _fluctuations(linear: Projection, moments: Moments) -> Tensor:
     variance = moments.second.diagonal() / moments.count - moments.mean.square()
     score = variance.clamp(min=0) * linear.weight.double().square().sum(0)
-    return (score - score.mean()) / score.std().clamp(min=torch.finfo(score.dtype).tiny)
+    spread = score.std() if len(score) > 1 else score.new_zeros(())  # of a single column it is not defined
+    return (score - score.mean()) / spread.clamp(min=torch.finfo(score.dtype).tiny)
 
 
 def rank_neurons_by_elimination(view: LayerView, moments: Moments) -> Ranking:

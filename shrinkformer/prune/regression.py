@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shrinkformer.errors import NumericalError
 from shrinkformer.prune.cholesky import damped_cholesky
 from shrinkformer.utils.parallel import Workers
 from shrinkformer.utils.precision import exact_products
@@ -82,8 +83,11 @@ class Sums:
         if not intercept or not self.weight:
             return _Centred(self.second, self.cross, self.square)
         mean = self.input_total / self.weight
+        second = self.second - torch.outer(self.input_total, mean)
+        if second.trace() <= torch.finfo(torch.float32).eps * self.second.trace():  # one token, or one again and again
+            return _Centred(torch.zeros_like(second), torch.zeros_like(self.cross), torch.zeros_like(self.square))
         return _Centred(
-            self.second - torch.outer(self.input_total, mean),
+            second,
             self.cross - torch.outer(mean, self.output_total),
             self.square - self.output_total.square().sum() / self.weight,
         )
@@ -96,8 +100,17 @@ class _Centred:
     square: Tensor
 
     def solve(self, prior: Tensor, ridge: float) -> Tensor:
-        """The best weight, held towards a prior."""
-        factor, used = damped_cholesky(self.second, ridge)
+        """The best weight, held towards a prior, which stays where the sums are no more than rounding.
+
+        Raises:
+            NumericalError: NaN or infinity in the sums.
+        """
+        try:
+            factor, used = damped_cholesky(self.second, ridge)
+        except NumericalError:
+            if not torch.isfinite(self.second).all():
+                raise
+            return prior  # not even a ridge as large as the sums themselves makes them positive
         pull = used * self.second.diagonal().mean()
         return torch.cholesky_solve(self.cross + pull * prior, factor)
 
