@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -30,8 +28,11 @@ from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelErr
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.checkpoint import auto_class
 from shrinkformer.prune.lazy import load_lazily
+from shrinkformer.prune.opening import fetch_weights, load_pretrained, open_config
 from shrinkformer.prune.resources import BlockWeights, InMemory
 from shrinkformer.quantize.checkpoint import load
+from shrinkformer.trust.foreign import foreign_errors, reason_of
+from shrinkformer.trust.tokenizers import require_sane, require_tokenizer_files
 
 MODELS_DIR = Path("models")
 
@@ -157,16 +158,14 @@ def _find(
 ) -> Source:
     location = _locate(model_name, folders, bundled, on_hub, flag)
     try:
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        config = open_config(location)
+    except (CheckpointError, UnsupportedModelError) as error:
+        raise InputError(f"{flag} {model_name}: {error}") from None
     except (OSError, ValueError) as error:
         raise InputError(
             f"{flag} {model_name}: not in {folders[0]}, not a checkpoint folder, not bundled ({BUNDLED_MODEL}, "
-            f"{BUNDLED_DECODER}), and not on the hub as {on_hub} ({_first_line(error)}); prerequisites/ makes some."
+            f"{BUNDLED_DECODER}), and not on the hub as {on_hub} ({reason_of(error)}); prerequisites/ makes some."
         ) from None
-    try:
-        find_architecture(config.model_type)
-    except UnsupportedModelError as error:
-        raise InputError(f"{flag} {model_name}: {error}") from None
     return Source(Path(model_name).resolve().name if Path(model_name).exists() else model_name, location, config)
 
 
@@ -252,15 +251,14 @@ def load_model(
     Raises:
         CheckpointError: The weights cannot be read.
     """
-    try:
+    with foreign_errors(CheckpointError, f"{source.location}: the weights cannot be read", "download the model again."):
+        fetch_weights(source.location, source.config)
         if lazily:
             return load_lazily(chosen, source.location, dtype=dtype, device=device)
         if source.pruned or source.quantized:
             model: PreTrainedModel = load(source.location, dtype=dtype)
         else:
-            model = chosen.from_pretrained(source.location, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{source.location}: the weights cannot be read: {_first_line(error)}") from None
+            model = load_pretrained(chosen, source.location, dtype=dtype, trust_remote_code=False)
     moved: Any = model.to(device)
     return moved.eval(), InMemory()
 
@@ -282,13 +280,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             f"--model_name {source.name}: {source.location} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); "
             "put the tokenizer files of its base model there."
         )
-    try:
+    where = f"--model_name {source.name}: no tokenizer can be read from {source.location}"
+    with foreign_errors(InputError, where, "put the tokenizer files of its base model there."):
+        require_tokenizer_files(Path(source.location))
         tokenizer: Any = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--model_name {source.name}: no tokenizer can be read from {source.location} ({_first_line(error)}); "
-            "put the tokenizer files of its base model there."
-        ) from None
+        require_sane(tokenizer)
     checked: PreTrainedTokenizerBase = tokenizer
     return checked
 
@@ -297,7 +293,3 @@ def max_positions(config: PreTrainedConfig) -> int:
     """Longest input that a model takes, in tokens."""
     reserved = find_architecture(config.model_type).positions_follow_padding
     return int(config.max_position_embeddings) - (int(config.pad_token_id or 0) + 1 if reserved else 0)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
