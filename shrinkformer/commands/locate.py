@@ -3,7 +3,7 @@
 import copy
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from shrinkformer.prune.opening import fetch_weights, load_pretrained, open_conf
 from shrinkformer.prune.resources import BlockWeights, InMemory
 from shrinkformer.quantize.checkpoint import load
 from shrinkformer.trust.foreign import foreign_errors, reason_of
-from shrinkformer.trust.tokenizers import require_sane, require_tokenizer_files
+from shrinkformer.trust.tokenizers import require_known_tokens, require_sane, require_tokenizer_files
 
 MODELS_DIR = Path("models")
 
@@ -287,6 +287,17 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         require_sane(tokenizer)
     checked: PreTrainedTokenizerBase = tokenizer
     return checked
+
+
+def require_fitting_tokens(source: Source, groups: Iterable[Iterable[Mapping[str, Any]]]) -> None:
+    """Check that a model has an embedding for every token of some inputs.
+
+    Raises:
+        InputError: It has not.
+    """
+    sizes = {"input_ids": int(source.config.vocab_size)}
+    for features in groups:
+        require_known_tokens(features, sizes, f"--model_name {source.name}")
 
 
 def max_positions(config: PreTrainedConfig) -> int:

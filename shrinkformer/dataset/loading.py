@@ -12,6 +12,7 @@ import datasets
 from shrinkformer.dataset.files import SUFFIXES, read_file, read_lines
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import DataError
+from shrinkformer.trust.foreign import shortened
 
 SAMPLES = Path(__file__).resolve().parent / "samples"
 
@@ -162,7 +163,7 @@ def _check(examples: datasets.Dataset, columns: Sequence[str], task: Task, where
     missing = [name for name in columns if name not in found]
     if missing:
         raise DataError(
-            f"{where} has no column {', '.join(missing)} (found: {', '.join(found)}); task {task.name} needs "
+            f"{where} has no column {', '.join(missing)} (found: {shortened(', '.join(found))}); task {task.name} needs "
             f"{', '.join(columns)}: rename the columns or choose another --task_name"
         )
     for name in task.columns:
@@ -171,20 +172,36 @@ def _check(examples: datasets.Dataset, columns: Sequence[str], task: Task, where
         texts = examples[name][:]
         bad = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
         if bad is not None:
-            raise DataError(f"{where}, row {bad}: column {name} holds {texts[bad]!r}, which is not a text")
+            raise DataError(
+                f"{where}, row {bad}: column {name} holds {shortened(repr(texts[bad]))}, which is not a text"
+            )
 
 
 def _check_labels(examples: datasets.Dataset, task: Task, where: str) -> None:
     if task.kind == "question_answering":
+        _check_answers(examples, task, where)
         return
     for row, label in enumerate(examples[task.label_column][:]):
         if task.kind == "classification":
-            fits = isinstance(label, int) and 0 <= label < (task.num_labels or 0)
+            fits = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < (task.num_labels or 0)
             wanted = f"a class 0 to {(task.num_labels or 0) - 1}"
         else:
-            fits, wanted = isinstance(label, (int, float)) and math.isfinite(label), "a number"
+            fits, wanted = isinstance(label, (int, float)) and math.isfinite(label), "a finite number"
         if not fits:
             raise DataError(
-                f"{where}, row {row}: column {task.label_column} holds {label!r}, task {task.name} needs {wanted} "
+                f"{where}, row {row}: column {task.label_column} holds {shortened(repr(label))}, task {task.name} needs {wanted} "
                 "(the hub's test splits carry no labels: use validation)"
+            )
+
+
+def _check_answers(examples: datasets.Dataset, task: Task, where: str) -> None:
+    for row, answers in enumerate(examples[task.label_column][:]):
+        texts, starts = (
+            (answers.get("text"), answers.get("answer_start")) if isinstance(answers, dict) else (None, None)
+        )
+        fits = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
+        if not fits or not all(isinstance(text, str) for text in texts) or not all(type(n) is int for n in starts):
+            raise DataError(
+                f"{where}, row {row}: column {task.label_column} holds {shortened(repr(answers))}, task {task.name} "
+                "needs {'text': [texts], 'answer_start': [numbers]}: convert the column"
             )

@@ -134,7 +134,8 @@ def load_lazily(
     stock = _concrete_class(model_class, config)
     path = find_architecture(config.model_type).layers
     taken: list[nn.Module] = []
-    model = load_pretrained(_without_blocks(stock, path, taken), location, config=config, dtype=dtype, **kwargs)
+    emptied = _without_blocks(stock, path, taken)
+    model = load_pretrained(emptied, location, new_head=True, config=config, dtype=dtype, **kwargs)
     model.to(device)
     model.__class__ = stock
     _put_submodule(model.base_model, path, taken[-1])

@@ -112,9 +112,11 @@ def shapes_of(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     name = (config.architectures or [""])[0]
     own = copy.deepcopy(config)
     own._attn_implementation = "eager"  # another one might be looked for, even on the hub
+    chosen = getattr(pruned_modeling if sized else transformers, name, None)
+    if sized and chosen is None:
+        raise CheckpointError(f"{folder}: {CONFIG} names {shortened(repr(name))}, which is no model of transformers.")
     where = f"{folder / CONFIG} describes no {shortened(name) or config.model_type}"
     with foreign_errors(CheckpointError, where, _AGAIN), torch.device("meta"):
-        chosen = getattr(pruned_modeling if sized else transformers, name, None)
         if isinstance(chosen, type) and issubclass(chosen, PreTrainedModel):
             made: PreTrainedModel = chosen(own)
         else:
@@ -141,12 +143,15 @@ def fetch_weights(location: str, config: PreTrainedConfig) -> None:
         return
 
 
-def load_pretrained(chosen: Any, location: str | Path | None, **kwargs: Any) -> PreTrainedModel:
+def load_pretrained(
+    chosen: Any, location: str | Path | None, *, new_head: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """What ``from_pretrained`` of a class returns, unless it made up a weight.
 
     Args:
         chosen: The class.
         location: A folder or name that :func:`open_config` has checked; None with ``state_dict``.
+        new_head: Let transformers make up what stands outside the base model.
         **kwargs: Passed on.
 
     Raises:
@@ -155,7 +160,8 @@ def load_pretrained(chosen: Any, location: str | Path | None, **kwargs: Any) -> 
     where = "" if location is None else f"{location}: "
     with foreign_errors(CheckpointError, f"{where}the weights cannot be read", _AGAIN):
         model, found = chosen.from_pretrained(location, output_loading_info=True, **kwargs)
-    require_all(found["missing_keys"], where)
+    base = f"{model.base_model_prefix}."
+    require_all((name for name in found["missing_keys"] if not new_head or name.startswith(base)), where)
     loaded: PreTrainedModel = model
     return loaded
 

@@ -1,6 +1,7 @@
 """What a pruned model keeps: the result of every pruning method, and part of every checkpoint."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -78,9 +79,27 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """The plan that :meth:`to_json` wrote."""
+        """The plan that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: Another program wrote it: a figure is none, or not finite.
+            TypeError: The same: a field is unknown or missing, or of another kind.
+        """
         fields: dict[str, Any] = json.loads(text)
         layers: Sequence[dict[str, Any]] = fields.pop("layers")
+        for name in ("mu", "seed", "sequence_length", "dense_macs", "macs"):
+            _require_number(name, fields[name])
+        for name in ("divergences", "uniform"):
+            for value in fields.get(name, {}).values():
+                _require_number(name, value)
+        for name in ("method", "budget"):
+            if not isinstance(fields.get(name, ""), str):
+                raise TypeError(f"{name} is {fields[name]!r}, which is no text")
+        if min(fields["dense_macs"], fields["sequence_length"]) <= 0:
+            raise ValueError("dense_macs and sequence_length must be above 0")
+        for layer in layers:
+            for name in ("attention_error", "ffn_error"):
+                _require_number(name, layer.get(name, 0.0))
         return cls(
             layers=tuple(
                 LayerPlan(**{**layer, "heads": tuple(layer["heads"]), "neurons": tuple(layer["neurons"])})
@@ -88,3 +107,11 @@ class Plan:
             ),
             **fields,
         )
+
+
+def _require_number(name: str, value: Any) -> None:
+    """Refuse what cannot be printed as a figure."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}, which is no number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, which is not finite")

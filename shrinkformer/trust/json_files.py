@@ -60,7 +60,9 @@ def parse_json(text: bytes, where: str, *, deepest: int | None = DEEPEST, unique
     except RecursionError:
         raise CheckpointError(f"{where} is nested too deeply to be read; do not use this file.") from None
     except (ValueError, MemoryError) as error:
-        raise CheckpointError(f"{where} is no valid JSON ({reason_of(error)}); download the file again.") from None
+        raise CheckpointError(
+            f"{where} cannot be read as JSON ({reason_of(error)}); download the file again."
+        ) from None
     if deepest is not None and _is_deeper(content, deepest):
         raise CheckpointError(f"{where} is nested more than {deepest} levels deep; do not use this file.")
     return content
