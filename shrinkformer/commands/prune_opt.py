@@ -78,9 +78,8 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
     bundled = options.bundled_data or (options.data_dir is None and options.model_name == BUNDLED_DECODER)
     evaluation = read_evaluation(options, tokenizer, length, bundled)
     calibration = read_calibration(options, tokenizer, length, bundled)
-    require_fitting_tokens(
-        source, [[{"input_ids": ids.flatten().tolist()}] for ids in (calibration, *evaluation.values())]
-    )
+    windows = [calibration, *evaluation.values()]
+    require_fitting_tokens(source, [[{"input_ids": ids.flatten().tolist()}] for ids in windows])
     if options.lm_eval and not harness_is_installed():
         raise InputError('--lm_eval: the harness is not installed; pip install "shrinkformer[lm-eval]".')
     own = options.calibration_file

@@ -6,6 +6,7 @@ A local file is read straight into memory (Arrow, no cache folder), so the same 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -163,8 +164,8 @@ def _check(examples: datasets.Dataset, columns: Sequence[str], task: Task, where
     missing = [name for name in columns if name not in found]
     if missing:
         raise DataError(
-            f"{where} has no column {', '.join(missing)} (found: {shortened(', '.join(found))}); task {task.name} needs "
-            f"{', '.join(columns)}: rename the columns or choose another --task_name"
+            f"{where} has no column {', '.join(missing)} (found: {shortened(', '.join(found))}); task {task.name} "
+            f"needs {', '.join(columns)}: rename the columns or choose another --task_name"
         )
     for name in task.columns:
         if name not in found:
@@ -172,9 +173,8 @@ def _check(examples: datasets.Dataset, columns: Sequence[str], task: Task, where
         texts = examples[name][:]
         bad = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
         if bad is not None:
-            raise DataError(
-                f"{where}, row {bad}: column {name} holds {shortened(repr(texts[bad]))}, which is not a text"
-            )
+            held = shortened(repr(texts[bad]))
+            raise DataError(f"{where}, row {bad}: column {name} holds {held}, which is not a text")
 
 
 def _check_labels(examples: datasets.Dataset, task: Task, where: str) -> None:
@@ -189,19 +189,23 @@ def _check_labels(examples: datasets.Dataset, task: Task, where: str) -> None:
             fits, wanted = isinstance(label, (int, float)) and math.isfinite(label), "a finite number"
         if not fits:
             raise DataError(
-                f"{where}, row {row}: column {task.label_column} holds {shortened(repr(label))}, task {task.name} needs {wanted} "
-                "(the hub's test splits carry no labels: use validation)"
+                f"{where}, row {row}: column {task.label_column} holds {shortened(repr(label))}, task {task.name} "
+                f"needs {wanted} (the hub's test splits carry no labels: use validation)"
             )
 
 
 def _check_answers(examples: datasets.Dataset, task: Task, where: str) -> None:
     for row, answers in enumerate(examples[task.label_column][:]):
-        texts, starts = (
-            (answers.get("text"), answers.get("answer_start")) if isinstance(answers, dict) else (None, None)
-        )
-        fits = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
-        if not fits or not all(isinstance(text, str) for text in texts) or not all(type(n) is int for n in starts):
+        if not _are_answers(answers):
             raise DataError(
                 f"{where}, row {row}: column {task.label_column} holds {shortened(repr(answers))}, task {task.name} "
                 "needs {'text': [texts], 'answer_start': [numbers]}: convert the column"
             )
+
+
+def _are_answers(answers: Any) -> bool:
+    """Whether a row's answers have texts, and a start for each."""
+    texts, starts = (answers.get(name) if isinstance(answers, dict) else None for name in ("text", "answer_start"))
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        return False
+    return all(isinstance(text, str) for text in texts) and all(type(start) is int for start in starts)

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from shrinkformer.architectures import find_architecture
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
+from shrinkformer.prune.sentence_encoder import MODULES, module_folders
 from shrinkformer.trust.configs import CONFIG, read_config, require_section
 from shrinkformer.trust.folders import require_own_files
 from shrinkformer.trust.foreign import foreign_errors, shortened
+from shrinkformer.trust.json_files import read_object
 from shrinkformer.trust.weights import (
     BIN_INDEX,
     BIN_WEIGHTS,
@@ -60,7 +62,19 @@ def open_config(location: str | Path) -> PreTrainedConfig:
     require_section(raw, record.to_dict(), int(config.num_hidden_layers), folder / CONFIG)
     if local:
         require_weights(folder, config)
+        _require_side_files(folder)
     return config
+
+
+def _require_side_files(folder: Path) -> None:
+    """Check what is copied into new checkpoints, hours before it is."""
+    if (folder / MODULES).is_file():
+        module_folders(folder)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        read_object(folder / GENERATION_CONFIG_NAME)
+        remedy = "correct it, or remove the file."
+        with foreign_errors(CheckpointError, f"{folder / GENERATION_CONFIG_NAME} cannot be read", remedy):
+            GenerationConfig.from_pretrained(folder).validate()
 
 
 def require_weights(folder: Path, config: PreTrainedConfig) -> None:

@@ -43,7 +43,7 @@ def copy_side_files(source: Path, folder: Path) -> bool:
     if not (source / MODULES).is_file():
         return False
     files = [source / name for name in SIDE_FILES]
-    for path in _module_folders(source):
+    for path in module_folders(source):
         files += [file for suffix in ("json", "safetensors") for file in sorted((source / path).glob(f"*.{suffix}"))]
     for file in files:
         if file.is_file():
@@ -53,8 +53,12 @@ def copy_side_files(source: Path, folder: Path) -> bool:
     return True
 
 
-def _module_folders(source: Path) -> list[str]:
-    """Folders that ``modules.json`` names; the model itself lies in the source, and is not among them."""
+def module_folders(source: Path) -> list[str]:
+    """Folders that ``modules.json`` names; the model itself lies in the source, and is not among them.
+
+    Raises:
+        CheckpointError: It is damaged, or names a folder elsewhere.
+    """
     require_own_files(source)
     modules = read_json(source / MODULES)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
@@ -64,7 +68,7 @@ def _module_folders(source: Path) -> list[str]:
         # A folder "." would put the dense model's weights in the place of the new ones.
         if not isinstance(path, str) or (path and not re.fullmatch(r"[\w-][\w.-]*", path)):
             raise CheckpointError(
-                f"{source / MODULES} names {shortened(repr(path))}, which is no folder beside it; do not use this model."
+                f"{source / MODULES} names {shortened(repr(path))}, which is no folder beside it; do not use it."
             )
     return [path for path in paths if path]
 
