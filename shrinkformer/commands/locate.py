@@ -33,6 +33,7 @@ from shrinkformer.prune.resources import BlockWeights, InMemory
 from shrinkformer.quantize.checkpoint import load
 from shrinkformer.trust.foreign import foreign_errors, reason_of
 from shrinkformer.trust.tokenizers import require_known_tokens, require_sane, require_tokenizer_files
+from shrinkformer.trust.weights import WEIGHT_FILES
 
 MODELS_DIR = Path("models")
 
@@ -87,6 +88,7 @@ def find_model(model_name: str, task: Task) -> Source:
     """
     bundled = bundled_model() if model_name == BUNDLED_MODEL else None
     source = _find(model_name, [MODELS_DIR / model_name / task.name], bundled, on_hub=model_name)
+    _require_weights(source)
     _require_head(source, task)
     return source
 
@@ -109,6 +111,7 @@ def find_decoder(model_name: str, task: str) -> Source:
             f"--model_name {model_name}: it is a {architecture or source.config.model_type}, but a language model "
             f"(...ForCausalLM of {', '.join(sorted(DECODERS))}) is needed; for an encoder use prune_bert.py."
         )
+    _require_weights(source)
     return source
 
 
@@ -191,6 +194,15 @@ def bundled_model() -> Path | None:
     if package is None or package.origin is None:
         return None
     return Path(package.origin).parent / "model"
+
+
+def _require_weights(source: Source) -> None:
+    """Check that a folder holds weights that torch reads."""
+    folder = Path(source.location)
+    if folder.is_dir() and not any((folder / name).exists() for name in WEIGHT_FILES):
+        raise InputError(
+            f"--model_name {source.name}: {folder} holds no weights ({', '.join(WEIGHT_FILES)}); download them."
+        )
 
 
 def _require_head(source: Source, task: Task) -> None:
@@ -281,10 +293,13 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             "put the tokenizer files of its base model there."
         )
     where = f"--model_name {source.name}: no tokenizer can be read from {source.location}"
-    with foreign_errors(InputError, where, "put the tokenizer files of its base model there."):
-        require_tokenizer_files(Path(source.location))
-        tokenizer: Any = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
-        require_sane(tokenizer)
+    try:
+        with foreign_errors(CheckpointError, where, "put the tokenizer files of its base model there."):
+            require_tokenizer_files(Path(source.location))
+            tokenizer: Any = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+            require_sane(tokenizer)
+    except CheckpointError as error:
+        raise InputError(str(error)) from None
     checked: PreTrainedTokenizerBase = tokenizer
     return checked
 

@@ -22,10 +22,7 @@ from shrinkformer.trust.folders import require_own_files
 from shrinkformer.trust.foreign import foreign_errors, shortened
 from shrinkformer.trust.json_files import read_object
 from shrinkformer.trust.weights import (
-    BIN_INDEX,
-    BIN_WEIGHTS,
-    SAFE_INDEX,
-    SAFE_WEIGHTS,
+    WEIGHT_FILES,
     StoredTensor,
     block_of,
     read_weight_headers,
@@ -56,9 +53,9 @@ def open_config(location: str | Path) -> PreTrainedConfig:
     else:
         folder = Path(cached_file(str(location), CONFIG)).parent
     raw = read_config(folder)
+    record = find_architecture(raw["model_type"])  # others may need code of their own, which is never run
     with foreign_errors(CheckpointError, f"{folder / CONFIG} is no configuration of transformers", _AGAIN):
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
-    record = find_architecture(config.model_type)
     require_section(raw, record.to_dict(), int(config.num_hidden_layers), folder / CONFIG)
     if local:
         require_weights(folder, config)
@@ -146,7 +143,7 @@ def fetch_weights(location: str, config: PreTrainedConfig) -> None:
     """
     if Path(location).is_dir():
         return  # checked when it was opened
-    for name in (SAFE_WEIGHTS, SAFE_INDEX, BIN_WEIGHTS, BIN_INDEX):
+    for name in WEIGHT_FILES:
         found = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
         if found is None:
             continue

@@ -95,11 +95,13 @@ class Plan:
         for name in ("method", "budget"):
             if not isinstance(fields.get(name, ""), str):
                 raise TypeError(f"{name} is {fields[name]!r}, which is no text")
-        if min(fields["dense_macs"], fields["sequence_length"]) <= 0:
-            raise ValueError("dense_macs and sequence_length must be above 0")
+        if min(fields["dense_macs"], fields["sequence_length"]) <= 0 or not 0 < fields["mu"] <= 1:
+            raise ValueError("dense_macs and sequence_length must be above 0, and mu in (0, 1]")
         for layer in layers:
-            for name in ("attention_error", "ffn_error"):
-                _require_number(name, layer.get(name, 0.0))
+            for name in ("attention_error", "ffn_error", "query_width", "value_width"):
+                _require_number(name, layer.get(name, 0))
+                if layer.get(name, 0) < 0:
+                    raise ValueError(f"{name} is {layer[name]!r}, below 0")
         return cls(
             layers=tuple(
                 LayerPlan(**{**layer, "heads": tuple(layer["heads"]), "neurons": tuple(layer["neurons"])})

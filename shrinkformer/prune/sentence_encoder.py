@@ -61,7 +61,7 @@ def module_folders(source: Path) -> list[str]:
     """
     require_own_files(source)
     modules = read_json(source / MODULES)
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+    if not isinstance(modules, list) or not all(_is_module(module) for module in modules):
         raise CheckpointError(f"{source / MODULES} is no list of modules; download the file again, or remove it.")
     paths = [module.get("path") or "" for module in modules]
     for path in paths:
@@ -71,6 +71,11 @@ def module_folders(source: Path) -> list[str]:
                 f"{source / MODULES} names {shortened(repr(path))}, which is no folder beside it; do not use it."
             )
     return [path for path in paths if path]
+
+
+def _is_module(module: Any) -> bool:
+    """Whether an entry has what sentence-transformers reads of it."""
+    return isinstance(module, dict) and type(module.get("idx", 0)) is int and isinstance(module.get("type"), str)
 
 
 def write_side_files(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:

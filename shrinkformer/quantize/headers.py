@@ -39,8 +39,8 @@ def read_quantization(config: PreTrainedConfig, tensors: Mapping[str, StoredTens
     section = getattr(config, "quantization_config", None)
     if section is None:
         return None
-    if not isinstance(section, dict):
-        raise CheckpointError("quantization_config in config.json is no section; download the model again.")
+    if not isinstance(section, dict) or not isinstance(section.get("quant_method"), str):
+        raise CheckpointError("quantization_config in config.json names no method; download the model again.")
     method = str(section.get("quant_method"))
     if method not in READABLE:  # we cannot say more about it
         bits = section.get("bits")

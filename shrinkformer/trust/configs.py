@@ -1,8 +1,11 @@
 """A configuration before anything is built from it: sizes that a model can have, and nothing that leads elsewhere."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from shrinkformer.errors import CheckpointError
 from shrinkformer.trust.foreign import shortened
@@ -48,11 +51,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / CONFIG
     config = read_object(file)
-    if not isinstance(config.get("model_type"), str):
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
         raise CheckpointError(f"{file} names no model_type; it is no configuration of transformers.")
+    if not re.fullmatch(r"[\w.-]{1,64}", kind):
+        raise CheckpointError(
+            f"{file}: model_type is {shortened(repr(kind))}, which is no name; do not use this model."
+        )
     for name, limit in LIMITS.items():
         if name in config and not (config[name] is None and name in _MAY_BE_NULL):
             _require_size(config[name], limit, name, file)
+    for name, value in config.items():
+        _require_figure(name, value, file)
     _require_labels(config, file)
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
@@ -70,6 +80,19 @@ def _require_size(value: Any, limit: int, name: str, file: Path) -> None:
     if type(value) is not int or not 0 < value <= limit:
         least = "a whole number from 1 to"
         raise CheckpointError(f"{file}: {name} is {shortened(repr(value))}; it must be {least} {limit:,}.")
+
+
+def _require_figure(name: str, value: Any, file: Path) -> None:
+    """Check types of numbers, and what is a share or a small number by its name."""
+    share, small = name.endswith(("dropout", "dropout_prob", "pdrop", "layerdrop")), name.endswith(("_eps", "_epsilon"))
+    if (share or small) and value is not None:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and 0 <= value <= 1) or (small and value == 0):
+            raise CheckpointError(f"{file}: {name} is {shortened(repr(value))}; it must be a number from 0 to 1.")
+    if name in {"dtype", "torch_dtype"} and value is not None:
+        known = isinstance(value, str) and getattr(torch, value.removeprefix("torch."), None)
+        if not isinstance(known, torch.dtype):
+            raise CheckpointError(f"{file}: {name} is {shortened(repr(value))}; it must be a type such as 'float32'.")
 
 
 def _require_labels(config: Mapping[str, Any], file: Path) -> None:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from shrinkformer.errors import CheckpointError, InputError
+from shrinkformer.trust.foreign import shortened
 from shrinkformer.trust.json_files import read_object
 
 _LONGEST = 256 * 2**20
 """Bytes of a vocabulary; those of 250,000 words have 30 million."""
+
+_MOST_WORDS = 2**24
 
 _FILES: Mapping[str, int | None] = {
     "tokenizer_config.json": None,
@@ -32,7 +35,16 @@ def require_tokenizer_files(folder: Path) -> None:
             if deepest is None:
                 read_object(file)
             else:
-                read_object(file, longest=_LONGEST, deepest=deepest)
+                _require_numbers(read_object(file, longest=_LONGEST, deepest=deepest), file)
+
+
+def _require_numbers(content: dict[str, Any], file: Path) -> None:
+    """Check the numbers of a vocabulary: the library makes room for all numbers up to the largest."""
+    model = content.get("model") if file.name == "tokenizer.json" else {"vocab": content}
+    words = model.get("vocab") if isinstance(model, dict) else None
+    for word, number in words.items() if isinstance(words, dict) else ():
+        if type(number) is not int or not 0 <= number < _MOST_WORDS:
+            raise CheckpointError(f"{file}: {shortened(word)} has number {shortened(repr(number))}; it is damaged")
 
 
 def require_sane(tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from shrinkformer.trust.json_files import parse_json, read_object
 SAFE_WEIGHTS, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 BIN_WEIGHTS, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+WEIGHT_FILES = (SAFE_WEIGHTS, SAFE_INDEX, BIN_WEIGHTS, BIN_INDEX)
+"""In the order in which transformers looks for them."""
 
 _LONGEST_HEADER = 100_000_000  # bytes; that of the safetensors library
 _LONGEST_INDEX = 256 * 2**20
@@ -175,13 +179,15 @@ def read_bin_header(file: Path) -> dict[str, StoredTensor]:
     """
     packed = require_plain_archive(file)
     remedy = "convert it to safetensors where it was made; nothing of it was run."
-    with foreign_errors(CheckpointError, f"{file} cannot be read", _AGAIN):
+    with foreign_errors(CheckpointError, f"{file} cannot be read", _AGAIN), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of odd pickles before it refuses them
         try:
             found = torch.load(file, map_location="meta", weights_only=True, mmap=packed)
         except pickle.UnpicklingError as error:
-            said = re.search(r"(?:Unsupported \w+|GLOBAL) [\w.\s]{1,80}", str(error))
-            inside = said[0].split(" was not")[0] if said else "not the pickle of weights"
-            raise CheckpointError(f"{file} holds more than tensors ({shortened(inside)}); {remedy}") from None
+            called = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
+            if called is None:
+                raise CheckpointError(f"{file} is no file of weights; {_AGAIN}") from None
+            raise CheckpointError(f"{file} holds more than tensors ({called[1]}); {remedy}") from None
         except (UnicodeDecodeError, ValueError, EOFError) as error:
             raise CheckpointError(f"{file} is no file of weights ({reason_of(error)}); {_AGAIN}") from None
     if not isinstance(found, dict) or not found:
@@ -219,7 +225,7 @@ def require_plain_archive(file: Path) -> bool:
     if not file.is_file():
         raise CheckpointError(f"{file} is not there, or no ordinary file; {_AGAIN}")
     with file.open("rb") as stream:
-        packed = stream.read(4) == b"PK\x03\x04"
+        packed = stream.read(2) == b"PK"
     if not packed:
         return False
     with foreign_errors(CheckpointError, f"{file} is no archive of torch", _AGAIN), zipfile.ZipFile(file) as archive:
@@ -230,6 +236,8 @@ def require_plain_archive(file: Path) -> bool:
                 f"{file}: {shortened(part.filename)} is packed, {part.compress_size:,} bytes for {part.file_size:,}; "
                 "torch does not write such files, do not use this one."
             )
+    if not any(part.filename.endswith("/data.pkl") for part in parts):
+        raise CheckpointError(f"{file} is no archive of torch: it has no data.pkl; {_AGAIN}")
     total, size = sum(part.file_size for part in parts), file.stat().st_size
     if total > size or len({part.filename for part in parts}) != len(parts):
         raise CheckpointError(f"{file}: its parts have {total:,} bytes, the file {size:,}; do not use this file.")
