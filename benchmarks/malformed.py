@@ -17,6 +17,11 @@ from pathlib import Path
 from benchmarks.malformed_cases import all_cases
 from benchmarks.malformed_runner import GIB, Case, Ending, run_all
 
+_HEADS = (
+    *("input", "cases", "exit 2", "exit 1", "accepted", "unforeseen", "tracebacks", "not one line"),
+    *("killed", "code run", "files touched", "seconds", "GiB"),
+)
+
 
 def table(endings: Sequence[Ending]) -> str:
     """Counts by kind of input."""

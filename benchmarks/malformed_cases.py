@@ -23,17 +23,11 @@ _SIZES = {
     "num_key_value_heads head_dim",
 }
 
-_OTHERS: tuple[str, ...] = (
-    "model_type",
-    "architectures",
-    "dtype",
-    "pad_token_id",
-    "id2label",
-    "layer_types",
-    "rope_parameters",
+_OTHERS = (
+    *("model_type", "architectures", "dtype", "pad_token_id", "id2label", "layer_types", "rope_parameters"),
+    *("hidden_act", "activation_function", "activation", "layer_norm_eps", "rms_norm_eps", "attention_dropout"),
+    *("tie_word_embeddings", "hidden_dropout_prob", "dropout", "is_decoder", "initializer_range"),
 )
-_OTHERS += ("hidden_act", "activation_function", "activation", "layer_norm_eps", "rms_norm_eps", "attention_dropout")
-_OTHERS += ("tie_word_embeddings", "hidden_dropout_prob", "dropout", "is_decoder", "initializer_range")
 
 _WRONG: tuple[Any, ...] = (0, -1, 10**9, 10**12, -(2**63), "many", 3.5, None, [], {"a": 1}, True, math.nan, 7, 17)
 

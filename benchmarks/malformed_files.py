@@ -84,13 +84,10 @@ def _case(name: str, kind: str, base: str, change: Callable[[Path], object], rng
 
 def cut_cases(rng: random.Random) -> Iterator[Case]:
     """Files that end too early."""
-    files: tuple[tuple[str, str, int], ...] = (
-        ("bert", "model.safetensors", 12),
-        ("llama", "model.safetensors", 8),
-        ("quantized", "model.safetensors", 6),
-    )
-    files += (("bin", "pytorch_model.bin", 16), ("opt", "config.json", 8), ("bert", "tokenizer.json", 8))
-    files += (("sharded", "model.safetensors.index.json", 6), ("pruned", "config.json", 6))
+    safe, index = "model.safetensors", "model.safetensors.index.json"
+    files = [("bert", safe, 12), ("llama", safe, 8), ("quantized", safe, 6), ("bin", "pytorch_model.bin", 16)]
+    files += [("opt", "config.json", 8), ("bert", "tokenizer.json", 8), ("sharded", index, 6)]
+    files += [("pruned", "config.json", 6)]
     for base, name, count in files:
         for share in sorted({0.0, *(round(rng.random(), 4) for _ in range(count - 1))}):
 

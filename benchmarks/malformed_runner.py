@@ -132,6 +132,7 @@ def _run_here(case: Case, folder: Path) -> None:
         with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as errors:
             os.dup2(out.fileno(), 1)
             os.dup2(errors.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", errors="backslashreplace")  # a test has others
         os.chdir(folder)
         os.environ.update(HOME=str(folder / "home"), TMPDIR=str(folder / "tmp"))
         tempfile.tempdir = None

@@ -292,14 +292,14 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             f"--model_name {source.name}: {source.location} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); "
             "put the tokenizer files of its base model there."
         )
-    where = f"--model_name {source.name}: no tokenizer can be read from {source.location}"
+    where = f"no tokenizer can be read from {source.location}"
     try:
         with foreign_errors(CheckpointError, where, "put the tokenizer files of its base model there."):
             require_tokenizer_files(Path(source.location))
             tokenizer: Any = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
             require_sane(tokenizer)
     except CheckpointError as error:
-        raise InputError(str(error)) from None
+        raise InputError(f"--model_name {source.name}: {error}") from None
     checked: PreTrainedTokenizerBase = tokenizer
     return checked
 

@@ -10,7 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from shrinkformer.errors import CheckpointError, DataError
-from shrinkformer.trust.foreign import foreign_errors
+from shrinkformer.trust.foreign import foreign_errors, shortened
 from shrinkformer.trust.json_files import parse_json
 
 _MOST_BYTES, _PIECE = 16 * 2**30, 1024
@@ -103,13 +103,15 @@ def _read(path: Path, suffix: str, text_columns: Sequence[str]) -> datasets.Data
     text = read_text(path)
     if suffix == ".jsonl":
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        return datasets.Dataset.from_list([_object(line, f"{path}, line {number}") for number, line in lines])
+        return datasets.Dataset.from_list(
+            [_object(line, f"{path}, line {number}", text_columns) for number, line in lines]
+        )
     content = _parsed(text, str(path))
     if isinstance(content, list):
         for number, row in enumerate(content):
-            _require_object(row, f"{path}, row {number}")
+            _require_object(row, f"{path}, row {number}", text_columns)
         return datasets.Dataset.from_list(content)
-    _require_object(content, str(path))
+    _require_object(content, str(path), ())
     if isinstance(content.get("data"), list):
         return datasets.Dataset.from_list(_flatten_squad(content["data"]))
     return datasets.Dataset.from_dict(content)
@@ -131,9 +133,9 @@ def _read_parquet(path: Path) -> pyarrow.Table:
     return table.replace_schema_metadata(None).combine_chunks()
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+def _object(line: str, where: str, text_columns: Sequence[str]) -> dict[str, Any]:
     row = _parsed(line, where)
-    _require_object(row, where)
+    _require_object(row, where, text_columns)
     return row  # type: ignore[no-any-return]
 
 
@@ -144,9 +146,12 @@ def _parsed(text: str, where: str) -> Any:
         raise DataError(str(error).replace("download the file again", "check the file")) from None
 
 
-def _require_object(row: Any, where: str) -> None:
+def _require_object(row: Any, where: str, text_columns: Sequence[str]) -> None:
     if not isinstance(row, dict):
         raise DataError(f"{where}: {type(row).__name__} where an object {{column: value}} is needed; check the file")
+    for name in text_columns:
+        if name in row and not isinstance(row[name], str):
+            raise DataError(f"{where}: column {name} holds {shortened(repr(row[name]))}, which is not a text")
 
 
 def _flatten_squad(articles: list[Any]) -> list[dict[str, Any]]:

@@ -37,7 +37,8 @@ def foreign_errors(kind: type[ShrinkformerError], where: str, remedy: str) -> It
 
 def reason_of(error: BaseException) -> str:
     """The first line of what an error says, and its type where it says next to nothing."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if isinstance(error, KeyError | IndexError | TypeError | AttributeError | MemoryError) or len(said) < 5:
         said = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return shortened(said)

@@ -90,7 +90,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _is_deeper(content: Any, most: int) -> bool:
     """Whether there are more levels than that, without recursion."""
     level: list[Any] = [content]
-    for _ in range(most + 1):
+    for _ in range(most):
         level = [inner for outer in level for inner in _inside(outer)]
         if not level:
             return False
