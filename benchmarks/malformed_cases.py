@@ -31,7 +31,7 @@ _OTHERS = (
 
 _WRONG: tuple[Any, ...] = (0, -1, 10**9, 10**12, -(2**63), "many", 3.5, None, [], {"a": 1}, True, math.nan, 7, 17)
 
-_UNUSED = "the field is not used, or the value means what its absence means"
+_UNUSED = "the field is not used here, or the value is valid: another model or figure, none that is malformed"
 
 _PLACES = {
     "config": "config.json",

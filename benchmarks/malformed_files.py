@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.malformed_bases import FITTING
 from benchmarks.malformed_runner import Case
 
-_PADDED = "JSON may have such bytes around or inside of texts that nothing depends on"
+_PADDED = "a byte that nothing depends on: padding of an archive, a flag of a pickle, a space or comment in JSON"
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Any], bytes]:

@@ -182,7 +182,7 @@ def _load(folder: str) -> int:
     return 0
 
 
-_CACHES = ("/hub/metrics/", "/hub/modules/evaluate_modules/", "/home/.cache/Microsoft/")
+_CACHES = ("/hub/metrics/", "/hub/modules/", "/home/.cache/Microsoft/", "/tmp/.ses")
 
 _OWN = {"output", "stdout", "stderr", CANARY}
 
@@ -190,7 +190,7 @@ _OWN = {"output", "stdout", "stderr", CANARY}
 def _snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of every file of a case, and of what lies beside it, but those that it may write.
 
-    Caches that libraries keep for themselves are left out: locks of ``evaluate``, and a number of onnxruntime's.
+    Caches that libraries keep for themselves are left out: those of ``evaluate``, and counters of onnxruntime.
     """
     files = [path for entry in folder.iterdir() if entry.name not in _OWN for path in [entry, *entry.rglob("*")]]
     beside = [path for path in folder.parent.iterdir() if not path.name.startswith("case-")]
