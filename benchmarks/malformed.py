@@ -53,7 +53,10 @@ def table(endings: Sequence[Ending]) -> str:
             sum(ending.executed for ending in own),
             sum(bool(ending.touched) for ending in own),
         ]
-        longest, largest = max(ending.seconds for ending in own), max(ending.memory for ending in own) / GIB
+        longest, largest = (
+            max((ending.seconds for ending in own), default=0.0),
+            max((ending.memory for ending in own), default=0) / GIB,
+        )
         lines.append(" | ".join([kind, *map(str, counts), f"{longest:.1f}", f"{largest:.2f}"]))
     return "\n".join(f"| {line} |" for line in lines)
 

@@ -200,9 +200,8 @@ def _require_weights(source: Source) -> None:
     """Check that a folder holds weights that torch reads."""
     folder = Path(source.location)
     if folder.is_dir() and not any((folder / name).exists() for name in WEIGHT_FILES):
-        raise InputError(
-            f"--model_name {source.name}: {folder} holds no weights ({', '.join(WEIGHT_FILES)}); download them."
-        )
+        names = ", ".join(WEIGHT_FILES)
+        raise InputError(f"--model_name {source.name}: {folder} holds no weights ({names}); download them.")
 
 
 def _require_head(source: Source, task: Task) -> None:
@@ -310,9 +309,8 @@ def require_fitting_tokens(source: Source, groups: Iterable[Iterable[Mapping[str
     Raises:
         InputError: It has not.
     """
-    sizes = {"input_ids": int(source.config.vocab_size)}
     for features in groups:
-        require_known_tokens(features, sizes, f"--model_name {source.name}")
+        require_known_tokens(features, {"input_ids": int(source.config.vocab_size)}, f"--model_name {source.name}")
 
 
 def max_positions(config: PreTrainedConfig) -> int:

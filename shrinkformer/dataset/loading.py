@@ -186,7 +186,7 @@ def _check_labels(examples: datasets.Dataset, task: Task, where: str) -> None:
             fits = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < (task.num_labels or 0)
             wanted = f"a class 0 to {(task.num_labels or 0) - 1}"
         else:
-            fits, wanted = isinstance(label, (int, float)) and math.isfinite(label), "a finite number"
+            fits, wanted = isinstance(label, (int, float)) and math.isfinite(label), "a number"
         if not fits:
             raise DataError(
                 f"{where}, row {row}: column {task.label_column} holds {shortened(repr(label))}, task {task.name} "
