@@ -88,7 +88,6 @@ def find_model(model_name: str, task: Task) -> Source:
     """
     bundled = bundled_model() if model_name == BUNDLED_MODEL else None
     source = _find(model_name, [MODELS_DIR / model_name / task.name], bundled, on_hub=model_name)
-    _require_weights(source)
     _require_head(source, task)
     return source
 
@@ -111,7 +110,6 @@ def find_decoder(model_name: str, task: str) -> Source:
             f"--model_name {model_name}: it is a {architecture or source.config.model_type}, but a language model "
             f"(...ForCausalLM of {', '.join(sorted(DECODERS))}) is needed; for an encoder use prune_bert.py."
         )
-    _require_weights(source)
     return source
 
 
@@ -196,8 +194,8 @@ def bundled_model() -> Path | None:
     return Path(package.origin).parent / "model"
 
 
-def _require_weights(source: Source) -> None:
-    """Check that a folder holds weights that torch reads."""
+def require_weight_files(source: Source) -> None:
+    """Raise :class:`InputError` for a folder without weights that torch reads; a dry run needs none."""
     folder = Path(source.location)
     if folder.is_dir() and not any((folder / name).exists() for name in WEIGHT_FILES):
         names = ", ".join(WEIGHT_FILES)
