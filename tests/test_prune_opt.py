@@ -391,7 +391,9 @@ class TestLaterFailures:
         Path("mine/model.safetensors").write_bytes(b"nonsense")
         capsys.readouterr()
         assert run("--mu", "0.5", *memory) == 2
-        assert re.fullmatch(r"prune_opt.py: error: --model_name mine: model.safetensors cannot be read .*\n", capsys.readouterr().err)
+        assert re.fullmatch(
+            r"prune_opt.py: error: .*mine: model.safetensors cannot be read .*\n", capsys.readouterr().err
+        )
 
     @pytest.mark.parametrize("memory", [[], ["--max_memory", "0.00001"]], ids=["in memory", "block by block"])
     def test_a_tokenizer_with_more_tokens_than_the_model(
