@@ -307,11 +307,11 @@ def test_unwritable_output(run: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no permission to write" in capsys.readouterr().err
 
 
-def test_damaged_weights_are_one_line_and_exit_code_1(run: Any, tmp_path: Path, capsys: Any) -> None:
+def test_damaged_weights_are_one_line_before_anything_is_loaded(run: Any, tmp_path: Path, capsys: Any) -> None:
     name = checkpoint(tmp_path / "mine")
     (tmp_path / "mine" / "model.safetensors").write_bytes(b"nonsense")
-    assert run("--model_name", name, "--task_name", "sst2", "--mu", "0.5") == 1
-    assert "weights cannot be read" in capsys.readouterr().err
+    assert run("--model_name", name, "--task_name", "sst2", "--mu", "0.5") == 2
+    assert "model.safetensors cannot be read (a header of" in capsys.readouterr().err
 
 
 def test_results_survive_a_later_failure(

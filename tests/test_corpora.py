@@ -182,7 +182,7 @@ class TestLoading:
             load_texts(PTB, "test", data_dir=tmp_path)
         for rows in ([{"sentence": 1}], [{"sentence": ""}]):
             write(path, json.dumps(rows))
-            with pytest.raises(DataError, match="column sentence holds no texts"):
+            with pytest.raises(DataError, match=r"column sentence holds (no texts|1, which is not a text)"):
                 load_texts(PTB, "test", data_dir=tmp_path)
 
     def test_calibration_takes_the_first_split_that_is_there(self, data, tmp_path):

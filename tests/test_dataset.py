@@ -150,7 +150,7 @@ class TestLoading:
     def test_empty_and_broken_files(self, tmp_path, suffix, content):
         path = tmp_path / f"mine.{suffix}"
         path.write_bytes(content)
-        with pytest.raises(DataError, match=f"{path.name}.*(empty|cannot be read|no column)"):
+        with pytest.raises(DataError, match=f"{path.name}.*(empty|cannot be read|no column|not UTF-8)"):
             load_examples(path, get_task("sst2"))
 
     def test_files_with_a_header_only(self, tmp_path):

@@ -340,9 +340,10 @@ def test_folders_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     for text, message in (
         ("{}", "no index"),
-        ("[", "no index"),
+        ("[]", "not an object"),
+        ("[", "cannot be read as JSON"),
         ('{"weight_map": {"a": "../model.safetensors"}}', "outside of its folder"),
-        ('{"weight_map": {"a": "gone.safetensors"}}', "cannot be read"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "which is not there"),
         ('{"weight_map": {"a": "model.safetensors"}}', "in none of its files"),
     ):
         index.write_text(text)

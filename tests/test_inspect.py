@@ -184,7 +184,6 @@ def test_no_weight_is_read_and_no_code_runs(tmp_path: Path, capsys: Capture, mon
     build_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}
-    config["_attn_implementation"] = config["attn_implementation"] = "kernels-community/evil"
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", None)
@@ -241,15 +240,16 @@ def leave_folder(folder: Path) -> None:
     ("damage", "message"),
     [
         (write("config.json", "{"), "config.json cannot be read"),
-        (write("config.json", "[1, 2]"), "config.json cannot be read"),
-        (write("config.json", "[" * 100_000), "config.json cannot be read"),
+        (write("config.json", "[1, 2]"), "config.json holds a list, not an object"),
+        (write("config.json", "[" * 100_000), "config.json is nested too deeply to be read"),
         (write("config.json", '{"model_type": "t5"}'), "'t5' has no architecture record"),
-        (edit_config(model_type="own", auto_map={"AutoConfig": "evil.Config"}), "config.json cannot be read"),
-        (edit_config(num_hidden_layers=10**9), "1000000000 blocks"),
-        (edit_config(num_hidden_layers=0), "0 blocks"),
+        (edit_config(model_type="own", auto_map={"AutoConfig": "evil.Config"}), "'own' has no architecture record"),
+        (edit_config(attn_implementation="kernels-community/evil"), "attn_implementation is"),
+        (edit_config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+        (edit_config(num_hidden_layers=0), "num_hidden_layers is 0"),
         (edit_config(num_hidden_layers=2), "config.json says 2 blocks, the weight files hold 3"),
         (edit_config(num_attention_heads=0), "config.json"),
-        (edit_config(intermediate_size=63), "output.dense.weight is (32, 64) in the file, (32, 63) by config.json"),
+        (edit_config(intermediate_size=63), "dense.bias is (64,) in the file, (63,) by config.json"),
         (edit_config(hidden_size=-5), "config.json"),
         (edit_config(quantization_config={"quant_method": "compressed-tensors"}), "no weight_packed tensor"),
         (

@@ -15,6 +15,7 @@ SCRIPTS = ("prune_bert.py", "prune_opt.py", "quantize_bert.py", "quantize_opt.py
 RANKS = {
     "errors": 0,
     "architectures": 1,
+    "trust": 1,
     "utils": 2,
     "pictures": 3,
     "dataset": 3,

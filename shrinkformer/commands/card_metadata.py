@@ -27,6 +27,9 @@ _PIPELINE_TAGS = {
 
 _COPIED = ("language", "license", "license_name", "license_link")
 
+_LONGEST_CARD, _MOST_WORDS, _LONGEST_WORD = 2**20, 500, 500
+"""Bytes of a card, texts of a list and characters of a text that are read."""
+
 _PERPLEXITY = "perplexity_"
 
 
@@ -42,15 +45,30 @@ def inherited(source: Source, folder: Path | None) -> dict[str, Any]:
         source: The dense model.
         folder: With its card, from :func:`side_folder`.
     """
-    try:
-        theirs: Mapping[str, Any] = metadata_load(folder / "README.md") or {} if folder is not None else {}
-    except (OSError, ValueError, YAMLError):  # no card, or one that cannot be read
-        theirs = {}
+    theirs = {} if folder is None else _metadata_of(folder / "README.md")
     found = {name: theirs[name] for name in _COPIED if theirs.get(name)}
     on_hub = NAME.fullmatch(source.location) and not Path(source.location).exists()
     namespaced = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source.name) and not Path(source.name).exists()
     base = source.location if on_hub else source.name if namespaced else theirs.get("base_model")
     return found | ({"base_model": base} if base else {})
+
+
+def _metadata_of(card: Path) -> dict[str, Any]:
+    """What a model card says in its YAML section, as far as it is texts and short lists of texts; {} for no card."""
+    try:
+        if card.stat().st_size > _LONGEST_CARD:
+            return {}
+        read = metadata_load(card)
+    except (OSError, ValueError, YAMLError, RecursionError):  # no card, or one that cannot be read
+        return {}
+    found = read if isinstance(read, dict) else {}
+    return {str(name): value for name, value in found.items() if _is_text(value)}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text or a short list of texts; others may be made of each other without end."""
+    words = value if isinstance(value, list) else [value]
+    return len(words) <= _MOST_WORDS and all(isinstance(word, str) and len(word) <= _LONGEST_WORD for word in words)
 
 
 def pipeline_tag(architecture: str, *, sentence_encoder: bool) -> str:

@@ -3,18 +3,27 @@
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from shrinkformer.architectures import LayerView
 from shrinkformer.errors import InputError, ShrinkformerError, ShrinkformerWarning
+from shrinkformer.trust.foreign import printable, reason_of
 from shrinkformer.utils.memory import REMEDIES, is_out_of_memory
 
 _WRONG_INPUT = 2
+
+DEBUG = "SHRINKFORMER_DEBUG"
+"""Environment variable: show the traceback of an error that nobody foresaw."""
+
+UNFORESEEN = "unforeseen"
 
 Main = Callable[[Sequence[str] | None], None]
 
@@ -33,19 +42,30 @@ def run_command(main: Main, arguments: Sequence[str] | None, prog: str) -> int:
         return _fail(prog, error, _WRONG_INPUT)
     except ShrinkformerError as error:
         return _fail(prog, error, 1)
-    except OSError as error:  # a full disk, a folder that vanished
+    except (OSError, SafetensorError) as error:  # a full disk, a folder that vanished
         return _fail(prog, error, 1)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return _fail(prog, f"out of memory ({str(error).splitlines()[0][:200] or 'no details'}); {REMEDIES}.", 1)
     except KeyboardInterrupt:
         return _fail(prog, "interrupted; what was written so far stays.", 130)
+    except Exception as error:
+        return _fail(prog, _unforeseen(error), 1)
     return 0
 
 
+def _unforeseen(error: Exception) -> str:
+    """What is said about an error without a message of ours; its traceback only to those who ask for it."""
+    if is_out_of_memory(error):
+        return f"out of memory ({reason_of(error)}); {REMEDIES}."
+    if os.environ.get(DEBUG):
+        traceback.print_exception(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"{UNFORESEEN} {type(error).__name__} ({reason_of(error)}) at {Path(last.filename).name}:{last.lineno}; set "
+        f"{DEBUG}=1 for the traceback and report it, please."
+    )
+
+
 def _fail(prog: str, error: object, code: int) -> int:
-    message = " ".join(str(error).split())
+    message = printable(str(error))
     if code != _WRONG_INPUT or os.environ.get("RANK", "0") == "0":  # all processes of torchrun got the same input
         print(f"{prog}: error: {message}", file=sys.stderr)
     return code

@@ -25,6 +25,7 @@ from shrinkformer.commands.locate import (
     load_tokenizer,
     max_positions,
     may_have_tokenizer,
+    require_fitting_tokens,
 )
 from shrinkformer.commands.options import EXPORTS, option, require_writable
 from shrinkformer.dataset.encoding import pad
@@ -161,6 +162,7 @@ def example_of(source: Source, tokenizer: Any) -> dict[str, Tensor]:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     texts = load_split(get_task("similarity"), "validation", data_dir=None, bundled=True)["sentence1"][:_SENTENCES]
     features = [dict(tokenizer(text, truncation=True, max_length=longest)) for text in texts]
+    require_fitting_tokens(source, [features])
     if generates(source.config):
         row = torch.tensor([token for one in features for token in one["input_ids"]])
         ids = row[: len(row) // longest * longest].view(-1, longest)

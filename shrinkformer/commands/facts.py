@@ -1,31 +1,33 @@
 """What can be known of a checkpoint without its weights: from its configuration and the headers of its files."""
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from shrinkformer.architectures import LayerView, find_architecture, layer_views
+from shrinkformer.architectures import LayerView, layer_views
 from shrinkformer.commands.locate import Source, bundled_decoder, bundled_model
 from shrinkformer.commands.options import BUNDLED_DECODER, BUNDLED_MODEL
 from shrinkformer.efficiency.macs import LayerSize, attention_macs, neuron_macs
 from shrinkformer.efficiency.size import count_parameters
 from shrinkformer.errors import InputError, ShrinkformerError
-from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.checkpoint import PLAN_FILE, auto_class
+from shrinkformer.prune.opening import open_config, shapes_of
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.quantize.headers import READABLE, StoredTensor, block_of, read_headers, read_quantization
+from shrinkformer.trust.foreign import reason_of
+from shrinkformer.trust.json_files import read_object
 
 USUAL_LENGTH = 128.0
 
-_MOST_BLOCKS = 1000
+_LONGEST_PLAN = 256 * 2**20  # bytes; it lists every neuron that stays
 
 
 def find_checkpoint(name: str) -> Source:
@@ -40,14 +42,13 @@ def find_checkpoint(name: str) -> Source:
         raise InputError(f"{name}: there is no config.json; pass a checkpoint folder, or the .jsonl file of a report.")
     location = name if folder.exists() or bundled is None else str(bundled)
     try:
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-    except Exception as error:  # a file of somebody else: every type of error is possible
-        where = "its config.json cannot be read" if folder.exists() else "no such folder, not bundled, not on the hub"
-        raise InputError(f"{name}: {where} ({_in_one_line(error)}); pass a checkpoint folder.") from None
-    try:
-        find_architecture(config.model_type)
+        config = open_config(location)
     except ShrinkformerError as error:
         raise InputError(f"{name}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name}: no such folder, not bundled, not on the hub ({reason_of(error)}); pass a checkpoint folder."
+        ) from None
     return Source(folder.resolve().name if folder.exists() else name, location, config)
 
 
@@ -65,10 +66,10 @@ def read_facts(source: Source, sequence_length: float | None) -> dict[str, Any]:
     try:
         tensors = {} if folder is None else read_headers(folder)
         plan = _read_plan(folder)
-        model = _build(source, source.config, tensors)
-        dense = _build(source, _before_pruning(source.config), {}) if _sizes_differ(source.config) else None
+        where = folder or Path(source.location)
+        model = shapes_of(source.config, where)
+        dense = shapes_of(_before_pruning(source.config), where) if _sizes_differ(source.config) else None
         views = layer_views(model)
-        _require_fitting(views, tensors, source)
         quantization = read_quantization(source.config, tensors)
     except ShrinkformerError as error:
         raise InputError(f"{source.location}: {error}") from None
@@ -136,9 +137,9 @@ def _read_plan(folder: Path | None) -> Plan | None:
     if file is None or not file.is_file():
         return None
     try:
-        text = file.read_text(encoding="utf-8")
-        return None if text.strip() == "{}" else Plan.from_json(text)
-    except ValueError:  # that it is no plan, or no text
+        fields = read_object(file, longest=_LONGEST_PLAN)
+        return Plan.from_json(json.dumps(fields)) if fields else None
+    except (ValueError, RecursionError):  # that it is no plan, or no text
         raise InputError(f"{PLAN_FILE} is no plan; remove it, or prune again.") from None
 
 
@@ -152,48 +153,6 @@ def _before_pruning(config: PreTrainedConfig) -> PreTrainedConfig:
     dense.per_layer_config = None
     dense.shrinkformer = None
     return dense
-
-
-def _build(source: Source, config: PreTrainedConfig, tensors: Mapping[str, StoredTensor]) -> PreTrainedModel:
-    """The model without weights, from classes of transformers and of this package only."""
-    most = len(tensors) or _MOST_BLOCKS  # a block has more than one tensor, so this many blocks cannot be
-    blocks = getattr(config, "num_hidden_layers", None)
-    if not isinstance(blocks, int) or not 0 < blocks <= most:
-        raise InputError(f"config.json says {blocks!r} blocks, but the files hold {len(tensors)} tensors; damaged.")
-    name = (config.architectures or [""])[0]
-    room = pruned_modeling if _sizes_differ(config) else transformers
-    own = copy.deepcopy(config)
-    own._attn_implementation = "eager"  # another one might be looked for, even on the hub
-    try:
-        chosen = getattr(room, name, None)
-        with torch.device("meta"):
-            if isinstance(chosen, type) and issubclass(chosen, PreTrainedModel):
-                return chosen(own)
-            made: PreTrainedModel = AutoModel.from_config(own, trust_remote_code=False)
-            return made
-    except Exception as error:  # sizes that fit no model fail anywhere in transformers and torch
-        raise InputError(f"config.json describes no {name or config.model_type} ({_in_one_line(error)}).") from None
-
-
-def _require_fitting(views: Sequence[LayerView], tensors: Mapping[str, StoredTensor], source: Source) -> None:
-    """Check that the files hold the blocks that the configuration describes; quantized ones have other shapes."""
-    if not tensors:
-        return
-    record = find_architecture(source.config.model_type)
-    found = {index for name in tensors if (index := block_of(name, record.layers)) is not None}
-    if found != set(range(len(views))):
-        raise InputError(
-            f"config.json says {len(views)} blocks, the weight files hold {len(found)}; these are two models."
-        )
-    for name, tensor in tensors.items():
-        index = block_of(name, record.layers)
-        for path in (record.attention.output, record.feed_forward.output):
-            if index is not None and name.endswith(f"{record.layers}.{index}.{path}.weight"):
-                expected = tuple(views[index].linear(path).module.weight.shape)  # type: ignore[arg-type]
-                if tensor.shape != expected:
-                    raise InputError(
-                        f"{name} is {tensor.shape} in the file, {expected} by config.json; these are two models."
-                    )
 
 
 def _layer_rows(
@@ -242,7 +201,3 @@ def _versions(config: PreTrainedConfig) -> dict[str, str]:
     section = getattr(config, "shrinkformer", None)
     versions = section.get("versions") if isinstance(section, dict) else None
     return {str(name): str(value) for name, value in versions.items()} if isinstance(versions, dict) else {}
-
-
-def _in_one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

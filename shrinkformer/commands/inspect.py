@@ -141,7 +141,12 @@ def in_words(found: dict[str, Any]) -> str:
         ),
     ]
     lines += ["", "  load it with", *(f"    {line}" for line in found["loading"])]
-    return "\n".join(lines)
+    return "\n".join(line and "  " * line.startswith("  ") + _clean(line) for line in lines)
+
+
+def _clean(line: str) -> str:
+    """A line without control characters, which a name out of a file may have."""
+    return "".join(sign if sign.isprintable() else "?" for sign in line.removeprefix("  "))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

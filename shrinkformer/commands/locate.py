@@ -3,16 +3,14 @@
 import copy
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -30,8 +28,12 @@ from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelErr
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.checkpoint import auto_class
 from shrinkformer.prune.lazy import load_lazily
+from shrinkformer.prune.opening import fetch_weights, load_pretrained, open_config
 from shrinkformer.prune.resources import BlockWeights, InMemory
 from shrinkformer.quantize.checkpoint import load
+from shrinkformer.trust.foreign import foreign_errors, reason_of
+from shrinkformer.trust.tokenizers import require_known_tokens, require_sane, require_tokenizer_files
+from shrinkformer.trust.weights import WEIGHT_FILES
 
 MODELS_DIR = Path("models")
 
@@ -157,16 +159,14 @@ def _find(
 ) -> Source:
     location = _locate(model_name, folders, bundled, on_hub, flag)
     try:
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        config = open_config(location)
+    except (CheckpointError, UnsupportedModelError) as error:
+        raise InputError(f"{flag} {model_name}: {error}") from None
     except (OSError, ValueError) as error:
         raise InputError(
             f"{flag} {model_name}: not in {folders[0]}, not a checkpoint folder, not bundled ({BUNDLED_MODEL}, "
-            f"{BUNDLED_DECODER}), and not on the hub as {on_hub} ({_first_line(error)}); prerequisites/ makes some."
+            f"{BUNDLED_DECODER}), and not on the hub as {on_hub} ({reason_of(error)}); prerequisites/ makes some."
         ) from None
-    try:
-        find_architecture(config.model_type)
-    except UnsupportedModelError as error:
-        raise InputError(f"{flag} {model_name}: {error}") from None
     return Source(Path(model_name).resolve().name if Path(model_name).exists() else model_name, location, config)
 
 
@@ -192,6 +192,14 @@ def bundled_model() -> Path | None:
     if package is None or package.origin is None:
         return None
     return Path(package.origin).parent / "model"
+
+
+def require_weight_files(source: Source) -> None:
+    """Raise :class:`InputError` for a folder without weights that torch reads; a dry run needs none."""
+    folder = Path(source.location)
+    if folder.is_dir() and not any((folder / name).exists() for name in WEIGHT_FILES):
+        names = ", ".join(WEIGHT_FILES)
+        raise InputError(f"--model_name {source.name}: {folder} holds no weights ({names}); download them.")
 
 
 def _require_head(source: Source, task: Task) -> None:
@@ -252,16 +260,14 @@ def load_model(
     Raises:
         CheckpointError: The weights cannot be read.
     """
-    try:
+    with foreign_errors(CheckpointError, f"{source.location}: the weights cannot be read", "download the model again."):
+        fetch_weights(source.location, source.config)
         if lazily:
             return load_lazily(chosen, source.location, dtype=dtype, device=device)
         if source.pruned or source.quantized:
             model: PreTrainedModel = load(source.location, dtype=dtype)
         else:
-            model = chosen.from_pretrained(source.location, dtype=dtype, trust_remote_code=False)
-            pruned_modeling.align(model)  # dense and smaller models are compared, in bits and in time
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{source.location}: the weights cannot be read: {_first_line(error)}") from None
+            model = load_pretrained(chosen, source.location, dtype=dtype, trust_remote_code=False)
     moved: Any = model.to(device)
     return moved.eval(), InMemory()
 
@@ -283,22 +289,29 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             f"--model_name {source.name}: {source.location} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); "
             "put the tokenizer files of its base model there."
         )
+    where = f"no tokenizer can be read from {source.location}"
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--model_name {source.name}: no tokenizer can be read from {source.location} ({_first_line(error)}); "
-            "put the tokenizer files of its base model there."
-        ) from None
+        with foreign_errors(CheckpointError, where, "put the tokenizer files of its base model there."):
+            require_tokenizer_files(Path(source.location))
+            tokenizer: Any = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+            require_sane(tokenizer)
+    except CheckpointError as error:
+        raise InputError(f"--model_name {source.name}: {error}") from None
     checked: PreTrainedTokenizerBase = tokenizer
     return checked
+
+
+def require_fitting_tokens(source: Source, groups: Iterable[Iterable[Mapping[str, Any]]]) -> None:
+    """Check that a model has an embedding for every token of some inputs.
+
+    Raises:
+        InputError: It has not.
+    """
+    for features in groups:
+        require_known_tokens(features, {"input_ids": int(source.config.vocab_size)}, f"--model_name {source.name}")
 
 
 def max_positions(config: PreTrainedConfig) -> int:
     """Longest input that a model takes, in tokens."""
     reserved = find_architecture(config.model_type).positions_follow_padding
     return int(config.max_position_embeddings) - (int(config.pad_token_id or 0) + 1 if reserved else 0)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

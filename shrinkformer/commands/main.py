@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from shrinkformer.errors import ShrinkformerError
+from shrinkformer.trust.foreign import printable
 
 COMMANDS = {
     "prune": "make a model smaller under a MAC budget, evaluate and save it",
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         module = command if command in _OWN else _MODULES[command, kind_of_model(rest)]
     except ShrinkformerError as error:
-        print(f"shrinkformer: error: {error}", file=sys.stderr)
+        print(f"shrinkformer: error: {printable(str(error))}", file=sys.stderr)
         return _WRONG_INPUT
     extra = ["--mu", "1"] if (command, module) == ("evaluate", "prune_bert") else []
     code: int = importlib.import_module(f"shrinkformer.commands.{module}").main([*rest, *extra])

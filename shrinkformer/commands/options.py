@@ -290,4 +290,8 @@ def resolve_device(name: str) -> str:
         raise InputError(f"--device {name!r}: not a device; use auto, cpu, cuda or cuda:<n>.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s); use cpu.")
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError):
+        raise InputError(f"--device {name}: nothing can be computed there; use auto, cpu, cuda or cuda:<n>.") from None
     return name

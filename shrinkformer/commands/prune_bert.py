@@ -10,7 +10,14 @@ from transformers import PreTrainedModel
 
 from shrinkformer.commands.console import run_command
 from shrinkformer.commands.flags import parse_options
-from shrinkformer.commands.locate import Source, find_model, load_tokenizer, max_positions, model_class
+from shrinkformer.commands.locate import (
+    Source,
+    find_model,
+    load_tokenizer,
+    max_positions,
+    model_class,
+    require_fitting_tokens,
+)
 from shrinkformer.commands.options import EncoderOptions, resolve_device
 from shrinkformer.commands.pruning import run_pruning
 from shrinkformer.commands.session import Job, show_progress
@@ -56,6 +63,7 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
     source = find_model(options.model_name, task)
     tokenizer = load_tokenizer(source)
     calibration, evaluation = read_data(options, task, source, tokenizer)
+    require_fitting_tokens(source, [calibration.features, *(split.features for split in evaluation.values())])
     lengths = [length for split in evaluation.values() for length in split.lengths]
     length = min(128, max_positions(source.config), tokenizer.model_max_length)
 

@@ -10,7 +10,14 @@ from transformers import PreTrainedModel
 
 from shrinkformer.commands.console import run_command
 from shrinkformer.commands.flags import parse_options
-from shrinkformer.commands.locate import Source, find_decoder, load_tokenizer, max_positions, model_class
+from shrinkformer.commands.locate import (
+    Source,
+    find_decoder,
+    load_tokenizer,
+    max_positions,
+    model_class,
+    require_fitting_tokens,
+)
 from shrinkformer.commands.options import BUNDLED_DECODER, DTYPES, DecoderOptions, resolve_device
 from shrinkformer.commands.pruning import run_pruning
 from shrinkformer.commands.session import Evaluate, Job, show_progress
@@ -71,6 +78,8 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
     bundled = options.bundled_data or (options.data_dir is None and options.model_name == BUNDLED_DECODER)
     evaluation = read_evaluation(options, tokenizer, length, bundled)
     calibration = read_calibration(options, tokenizer, length, bundled)
+    windows = [calibration, *evaluation.values()]
+    require_fitting_tokens(source, [[{"input_ids": ids.flatten().tolist()}] for ids in windows])
     if options.lm_eval and not harness_is_installed():
         raise InputError('--lm_eval: the harness is not installed; pip install "shrinkformer[lm-eval]".')
     own = options.calibration_file

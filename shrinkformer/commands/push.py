@@ -6,7 +6,8 @@ from pathlib import Path
 
 from shrinkformer.commands.console import run_command, say
 from shrinkformer.commands.flags import OneLineParser
-from shrinkformer.errors import CheckpointError, InputError
+from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelError
+from shrinkformer.prune.opening import open_config
 from shrinkformer.utils.hub import require_hub
 from shrinkformer.utils.upload import files_to_push, push_to_hub
 
@@ -23,6 +24,10 @@ def push_command(arguments: Sequence[str] | None) -> None:
     flags = _parser().parse_args(arguments)
     try:
         names = files_to_push(flags.folder)
+        if any(flags.folder.glob("*.safetensors")):
+            open_config(flags.folder)
+    except UnsupportedModelError:
+        pass  # a model of another kind may be sent, too
     except CheckpointError as error:
         raise InputError(str(error)) from None
     require_hub(PROG, flags.repo_id)

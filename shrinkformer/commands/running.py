@@ -10,7 +10,7 @@ from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.commands.console import block_progress, say
 from shrinkformer.commands.dry_run import describe
 from shrinkformer.commands.interrupted import alone, finish, is_finished, open_ledger
-from shrinkformer.commands.locate import empty_model, load_model
+from shrinkformer.commands.locate import empty_model, load_model, require_weight_files
 from shrinkformer.commands.memory import GIB, Footprint, available_bytes
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.publishing import Publisher
@@ -58,6 +58,7 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
     if options.dry_run:
         job.say(describe(job, shapes, budgets, options, footprint=footprint, limit=limit))
         return
+    require_weight_files(job.source)
     for budget in budgets:
         costs = CostModel.of(layer_views(shapes), budget)
         if options.budget == "macs":  # time is not known yet

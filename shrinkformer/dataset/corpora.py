@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shrinkformer.dataset.files import read_file
+from shrinkformer.dataset.files import read_file, read_text
 from shrinkformer.dataset.loading import SAMPLES
 from shrinkformer.errors import DataError, InputError
 
@@ -234,12 +234,7 @@ def read_text_file(path: Path) -> str:
     Raises:
         DataError: the file is missing, not UTF-8, or blank.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); give a UTF-8 text file") from error
+    text = read_text(path)
     if not text.strip():
         raise DataError(f"{path} is empty; it should hold a text")
     return text

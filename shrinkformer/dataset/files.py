@@ -1,6 +1,5 @@
 """Reading one file of examples into an in-memory data set, whatever its format."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,12 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 
-from shrinkformer.errors import DataError
+from shrinkformer.errors import CheckpointError, DataError
+from shrinkformer.trust.foreign import foreign_errors, shortened
+from shrinkformer.trust.json_files import parse_json
+
+_MOST_BYTES, _PIECE = 16 * 2**30, 1024
+"""Bytes of a file of examples in memory, and rows of a piece that is unpacked at once."""
 
 SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 """File types with named columns, in the order in which they are looked for."""
@@ -35,11 +39,8 @@ def read_file(path: Path, *, text_columns: Sequence[str]) -> datasets.Dataset:
         raise DataError(f"{path}: files of type {suffix or 'none'!r} are not read; use {', '.join(SUFFIXES)} or .txt")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; it should hold one example per row")
-    try:
+    with foreign_errors(DataError, f"{path} cannot be read as {suffix[1:]}", "check the file"):
         return _read(path, suffix, text_columns)
-    except (pyarrow.ArrowException, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise DataError(f"{path} cannot be read as {suffix[1:]} ({reason}); check the file") from error
 
 
 def read_lines(path: Path, columns: Sequence[str]) -> datasets.Dataset:
@@ -56,10 +57,7 @@ def read_lines(path: Path, columns: Sequence[str]) -> datasets.Dataset:
         DataError: the file is not UTF-8, holds no example, or a line does not have one text per column.
     """
     rows: list[dict[str, str]] = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    lines = read_text(path).split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -75,22 +73,85 @@ def read_lines(path: Path, columns: Sequence[str]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        DataError: It is missing, too large, not UTF-8, or no text at all.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise DataError(f"{path} has {path.stat().st_size:,} bytes; give at most {_MOST_BYTES:,}")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give a UTF-8 text file") from error
+    if "\0" in text:
+        raise DataError(f"{path} holds a zero byte at character {text.index(chr(0))}; it is no text, check the file")
+    return text
+
+
 def _read(path: Path, suffix: str, text_columns: Sequence[str]) -> datasets.Dataset:
     if suffix == ".parquet":
-        return datasets.Dataset(pyarrow.parquet.read_table(path))
+        return datasets.Dataset(_read_parquet(path))
     if suffix == ".csv":
         as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(text_columns, pyarrow.string()))
         multiline = pyarrow.csv.ParseOptions(newlines_in_values=True)
+        read_text(path)  # its own messages are better than pyarrow's
         return datasets.Dataset(pyarrow.csv.read_csv(path, convert_options=as_text, parse_options=multiline))
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     if suffix == ".jsonl":
-        return datasets.Dataset.from_list([json.loads(line) for line in text.split("\n") if line.strip()])
-    content = json.loads(text)
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        return datasets.Dataset.from_list(
+            [_object(line, f"{path}, line {number}", text_columns) for number, line in lines]
+        )
+    content = _parsed(text, str(path))
     if isinstance(content, list):
+        for number, row in enumerate(content):
+            _require_object(row, f"{path}, row {number}", text_columns)
         return datasets.Dataset.from_list(content)
+    _require_object(content, str(path), ())
     if isinstance(content.get("data"), list):
         return datasets.Dataset.from_list(_flatten_squad(content["data"]))
     return datasets.Dataset.from_dict(content)
+
+
+def _read_parquet(path: Path) -> pyarrow.Table:
+    """A table, read piece by piece, so that a file which unpacks to more than memory holds is noticed in time.
+
+    What it says about features of ``datasets`` is dropped: a column could claim to be of pictures at other places.
+    """
+    with pyarrow.parquet.ParquetFile(path) as file:
+        pieces, total = [], 0
+        for piece in file.iter_batches(batch_size=_PIECE):
+            total += piece.nbytes
+            if total > _MOST_BYTES:
+                raise DataError(f"{path} unpacks to more than {_MOST_BYTES:,} bytes; give fewer examples")
+            pieces.append(piece)
+        table = pyarrow.Table.from_batches(pieces, schema=file.schema_arrow)
+    return table.replace_schema_metadata(None).combine_chunks()
+
+
+def _object(line: str, where: str, text_columns: Sequence[str]) -> dict[str, Any]:
+    row = _parsed(line, where)
+    _require_object(row, where, text_columns)
+    return row  # type: ignore[no-any-return]
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return parse_json(text.encode(), where)
+    except CheckpointError as error:  # the same checks, but of the user's data
+        raise DataError(str(error).replace("download the file again", "check the file")) from None
+
+
+def _require_object(row: Any, where: str, text_columns: Sequence[str]) -> None:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: {type(row).__name__} where an object {{column: value}} is needed; check the file")
+    for name in text_columns:
+        if name in row and not isinstance(row[name], str):
+            raise DataError(f"{where}: column {name} holds {shortened(repr(row[name]))}, which is not a text")
 
 
 def _flatten_squad(articles: list[Any]) -> list[dict[str, Any]]:

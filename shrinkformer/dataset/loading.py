@@ -6,12 +6,14 @@ A local file is read straight into memory (Arrow, no cache folder), so the same 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 
 from shrinkformer.dataset.files import SUFFIXES, read_file, read_lines
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import DataError
+from shrinkformer.trust.foreign import shortened
 
 SAMPLES = Path(__file__).resolve().parent / "samples"
 
@@ -162,8 +164,8 @@ def _check(examples: datasets.Dataset, columns: Sequence[str], task: Task, where
     missing = [name for name in columns if name not in found]
     if missing:
         raise DataError(
-            f"{where} has no column {', '.join(missing)} (found: {', '.join(found)}); task {task.name} needs "
-            f"{', '.join(columns)}: rename the columns or choose another --task_name"
+            f"{where} has no column {', '.join(missing)} (found: {shortened(', '.join(found))}); task {task.name} "
+            f"needs {', '.join(columns)}: rename the columns or choose another --task_name"
         )
     for name in task.columns:
         if name not in found:
@@ -171,20 +173,39 @@ def _check(examples: datasets.Dataset, columns: Sequence[str], task: Task, where
         texts = examples[name][:]
         bad = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
         if bad is not None:
-            raise DataError(f"{where}, row {bad}: column {name} holds {texts[bad]!r}, which is not a text")
+            held = shortened(repr(texts[bad]))
+            raise DataError(f"{where}, row {bad}: column {name} holds {held}, which is not a text")
 
 
 def _check_labels(examples: datasets.Dataset, task: Task, where: str) -> None:
     if task.kind == "question_answering":
+        _check_answers(examples, task, where)
         return
     for row, label in enumerate(examples[task.label_column][:]):
         if task.kind == "classification":
-            fits = isinstance(label, int) and 0 <= label < (task.num_labels or 0)
+            fits = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < (task.num_labels or 0)
             wanted = f"a class 0 to {(task.num_labels or 0) - 1}"
         else:
             fits, wanted = isinstance(label, (int, float)) and math.isfinite(label), "a number"
         if not fits:
             raise DataError(
-                f"{where}, row {row}: column {task.label_column} holds {label!r}, task {task.name} needs {wanted} "
-                "(the hub's test splits carry no labels: use validation)"
+                f"{where}, row {row}: column {task.label_column} holds {shortened(repr(label))}, task {task.name} "
+                f"needs {wanted} (the hub's test splits carry no labels: use validation)"
             )
+
+
+def _check_answers(examples: datasets.Dataset, task: Task, where: str) -> None:
+    for row, answers in enumerate(examples[task.label_column][:]):
+        if not _are_answers(answers):
+            raise DataError(
+                f"{where}, row {row}: column {task.label_column} holds {shortened(repr(answers))}, task {task.name} "
+                "needs {'text': [texts], 'answer_start': [numbers]}: convert the column"
+            )
+
+
+def _are_answers(answers: Any) -> bool:
+    """Whether a row's answers have texts, and a start for each."""
+    texts, starts = (answers.get(name) if isinstance(answers, dict) else None for name in ("text", "answer_start"))
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        return False
+    return all(isinstance(text, str) for text in texts) and all(type(start) is int for start in starts)

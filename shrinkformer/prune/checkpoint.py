@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.efficiency.macs import LayerSize
@@ -26,6 +26,7 @@ from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.health import require_finite_weights
+from shrinkformer.prune.opening import load_pretrained, open_config
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.sentence_encoder import copy_side_files, write_side_files
 from shrinkformer.prune.stock import is_stock, stock_values
@@ -213,17 +214,15 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         **kwargs: Passed to ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ...
 
     Raises:
-        CheckpointError: The folder is not there or not a checkpoint of this package.
+        CheckpointError: The folder is not there or not a checkpoint of this package, or it is damaged.
     """
     path = Path(directory)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; pass the folder that a pruning run wrote.")
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = open_config(path)
     if is_stock(config) and not (path / PLAN_FILE).exists():
         raise CheckpointError(f"{path} was not pruned by shrinkformer; load it with transformers' Auto classes.")
-    model: PreTrainedModel = written_class(path, config).from_pretrained(path, **kwargs)
-    pruned_modeling.align(model)  # a stock class does not
-    return model
+    return load_pretrained(written_class(path, config), path, **kwargs)
 
 
 def written_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -6,14 +6,12 @@ are mapped for as long as a tensor is read, and no longer, because mapped pages 
 """
 
 import copy
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -33,7 +31,9 @@ from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.health import require_finite
+from shrinkformer.prune.opening import load_pretrained
 from shrinkformer.prune.pruned_modeling import pruned_class
+from shrinkformer.trust.weights import require_plain_archive, weight_map
 
 _ALIGNMENT = 64  # bytes; what torch's own allocator keeps on CPUs
 _HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -140,9 +140,8 @@ def load_lazily(
     stock = _concrete_class(model_class, config)
     path = find_architecture(config.model_type).layers
     taken: list[nn.Module] = []
-    model: PreTrainedModel = _without_blocks(stock, path, taken).from_pretrained(
-        location, config=config, dtype=dtype, **kwargs
-    )
+    emptied = _without_blocks(stock, path, taken)
+    model = load_pretrained(emptied, location, new_head=True, config=config, dtype=dtype, **kwargs)
     model.to(device)
     model.__class__ = stock
     _put_submodule(model.base_model, path, taken[-1])
@@ -188,7 +187,7 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         if not file.is_file():
             continue
         if file.suffix == ".json":
-            return {key: folder / shard for key, shard in json.loads(file.read_text())["weight_map"].items()}
+            return {key: folder / shard for key, shard in weight_map(file).items()}
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 return dict.fromkeys(tensors.keys(), file)
@@ -248,5 +247,6 @@ def _read_tensors(file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tenso
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
     """The tensors of a ``.bin`` file; mapped, not read, unless PyTorch wrote it before version 1.6."""
-    tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    mapped = require_plain_archive(file)
+    tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     return tensors

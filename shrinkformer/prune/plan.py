@@ -121,8 +121,8 @@ def _wrong_values(plan: Plan) -> Iterator[str]:
             yield f"{name} is {getattr(plan, name)!r}"
     if type(plan.seed) is not int:
         yield f"seed is {plan.seed!r}"
-    if not plan.dense_macs > 0:
-        yield f"dense_macs is {plan.dense_macs!r}"
+    if min(plan.dense_macs, plan.sequence_length) <= 0 or not 0 < plan.mu <= 1:
+        yield "dense_macs and sequence_length must be above 0, and mu in (0, 1]"
     for name in ("divergences", "uniform", "prediction"):
         if not all(map(_is_number, getattr(plan, name).values())):
             yield f"{name} is {getattr(plan, name)!r}"
@@ -130,7 +130,7 @@ def _wrong_values(plan: Plan) -> Iterator[str]:
         whole = (*layer.heads, *layer.neurons, layer.query_width, layer.value_width)
         if not all(type(number) is int and number >= 0 for number in whole):
             yield f"layer {index} has sizes that are no numbers"
-        if not all(map(_is_number, (layer.attention_error, layer.ffn_error))):
+        if not all(_is_number(error) and error >= 0 for error in (layer.attention_error, layer.ffn_error)):
             yield f"layer {index} has errors that are no numbers"
 
 

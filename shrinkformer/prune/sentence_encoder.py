@@ -4,9 +4,9 @@ Source: the layout of sentence-transformers; the names of modules and keys are t
 """
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shrinkformer.architectures import find_architecture
+from shrinkformer.errors import CheckpointError
+from shrinkformer.trust.folders import require_own_files
+from shrinkformer.trust.foreign import shortened
+from shrinkformer.trust.json_files import read_json
 
 MODULES = "modules.json"
 
@@ -32,12 +36,15 @@ def copy_side_files(source: Path, folder: Path) -> bool:
 
     Returns:
         Whether the source is a sentence encoder.
+
+    Raises:
+        CheckpointError: Its list of modules is damaged, or names a folder elsewhere.
     """
     if not (source / MODULES).is_file():
         return False
     files = [source / name for name in SIDE_FILES]
-    for path in _module_folders(source):
-        files += [*sorted((source / path).glob("*.json")), *sorted((source / path).glob("*.safetensors"))]
+    for path in module_folders(source):
+        files += [file for suffix in ("json", "safetensors") for file in sorted((source / path).glob(f"*.{suffix}"))]
     for file in files:
         if file.is_file():
             target = folder / file.relative_to(source)
@@ -46,11 +53,29 @@ def copy_side_files(source: Path, folder: Path) -> bool:
     return True
 
 
-def _module_folders(source: Path) -> list[str]:
-    """Folders that ``modules.json`` names, below the source only."""
-    modules: Sequence[Any] = json.loads((source / MODULES).read_text(encoding="utf-8"))
-    paths = [str(module.get("path") or "") for module in modules]
-    return [path for path in paths if path and ".." not in PurePosixPath(path).parts and not path.startswith("/")]
+def module_folders(source: Path) -> list[str]:
+    """Folders that ``modules.json`` names; the model itself lies in the source, and is not among them.
+
+    Raises:
+        CheckpointError: It is damaged, or names a folder elsewhere.
+    """
+    require_own_files(source)
+    modules = read_json(source / MODULES)
+    if not isinstance(modules, list) or not all(_is_module(module) for module in modules):
+        raise CheckpointError(f"{source / MODULES} is no list of modules; download the file again, or remove it.")
+    paths = [module.get("path") or "" for module in modules]
+    for path in paths:
+        # A folder "." would put the dense model's weights in the place of the new ones.
+        if not isinstance(path, str) or (path and not re.fullmatch(r"[\w-][\w.-]*", path)):
+            raise CheckpointError(
+                f"{source / MODULES} names {shortened(repr(path))}, which is no folder beside it; do not use it."
+            )
+    return [path for path in paths if path]
+
+
+def _is_module(module: Any) -> bool:
+    """Whether an entry has what sentence-transformers reads of it."""
+    return isinstance(module, dict) and type(module.get("idx", 0)) is int and isinstance(module.get("type"), str)
 
 
 def write_side_files(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from shrinkformer.errors import CheckpointError, InputError
-from shrinkformer.prune import checkpoint, pruned_modeling
+from shrinkformer.prune import checkpoint
+from shrinkformer.prune.opening import load_pretrained, open_config
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.shards import ShardWriter
 from shrinkformer.prune.streamed import add_tensors, tied_weights
@@ -23,6 +24,7 @@ from shrinkformer.quantize.layout import Format
 from shrinkformer.quantize.onnx_export import export_onnx
 from shrinkformer.quantize.reading import read_quantized_state_dict
 from shrinkformer.quantize.scheme import Scheme
+from shrinkformer.trust.foreign import foreign_errors
 from shrinkformer.utils.hub import folder_of
 from shrinkformer.utils.inputs import accepted_inputs
 
@@ -31,6 +33,8 @@ DEFAULT_FORMAT = "compressed-tensors"
 ONNX = "onnx"
 
 ALL_FORMATS = (*FORMATS, ONNX)
+
+_AGAIN = "download the model again, or quantize it again."
 
 
 def save(
@@ -219,7 +223,7 @@ def load(
         **kwargs: Passed to ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ...
 
     Raises:
-        CheckpointError: The folder is not there or not a checkpoint of this package.
+        CheckpointError: The folder is not there or not a checkpoint of this package, or it is damaged.
         HubError: The hub cannot be reached.
     """
     path = folder_of(directory, revision=revision, token=token)
@@ -227,14 +231,13 @@ def load(
         raise CheckpointError(
             f"{directory} has no config.json; pass the folder that a run wrote, or a name on the hub."
         )
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = open_config(path)
     section = getattr(config, "quantization_config", None)
     if section is None:
         return checkpoint.load(path, **kwargs)
     chosen: Any = checkpoint.written_class(path, config)
     del config.quantization_config
     dtype = kwargs.pop("dtype", None) or config.dtype or torch.float32
-    state = read_quantized_state_dict(path, section, dtype)
-    model: PreTrainedModel = chosen.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)
-    pruned_modeling.align(model)
-    return model.eval()
+    with foreign_errors(CheckpointError, f"{path}: the quantized weights cannot be read", _AGAIN):
+        state = read_quantized_state_dict(path, section, dtype)
+    return load_pretrained(chosen, None, config=config, state_dict=state, dtype=dtype, **kwargs).eval()

@@ -1,10 +1,6 @@
 """What the headers of weight files say: types, shapes and bits, without reading a weight."""
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +8,11 @@ from transformers import PreTrainedConfig
 
 from shrinkformer.architectures import find_architecture
 from shrinkformer.errors import CheckpointError
-from shrinkformer.quantize.reading import find_format, read_shards
-
-_LONGEST_HEADER = 100_000_000  # bytes; that of the safetensors library
-_METADATA = "__metadata__"
+from shrinkformer.quantize.reading import find_format
+from shrinkformer.trust.weights import SAFE_INDEX, SAFE_WEIGHTS, StoredTensor, block_of, read_header, read_shards
 
 READABLE = ("compressed-tensors", "gptq")
 """Methods whose weights this package reads."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as the header of a file describes it; ``dtype`` is the file's name for it, such as ``BF16``."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """What it takes."""
-        bits = re.search(r"\d+", self.dtype)
-        return prod(self.shape) * int(bits[0] if bits else 8) // 8
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
@@ -41,43 +21,9 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: A file is damaged or missing.
     """
-    if not any(folder.glob("*.safetensors*")):
+    if not (folder / SAFE_WEIGHTS).exists() and not (folder / SAFE_INDEX).exists():
         return {}
     return read_shards(folder, read_header)
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file by name.
-
-    Raises:
-        CheckpointError: It is missing or damaged.
-
-    Source:
-        https://github.com/huggingface/safetensors, "Format": 8 bytes with the length of a JSON object, which says where
-        behind it each tensor lies.
-    """
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > _LONGEST_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(stream.read(length))
-        ends = [part["data_offsets"][1] for name, part in header.items() if name != _METADATA]
-        if 8 + length + max(ends, default=0) != file.stat().st_size:
-            raise ValueError(f"{file.stat().st_size} bytes, the header says {8 + length + max(ends, default=0)}")
-        return {
-            name: StoredTensor(str(part["dtype"]), tuple(int(size) for size in part["shape"]))
-            for name, part in header.items()
-            if name != _METADATA
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CheckpointError(f"{file.name} cannot be read ({error}); download the model again.") from None
-
-
-def block_of(name: str, layers: str) -> int | None:
-    """Number of the block that a tensor or module belongs to."""
-    match = re.search(rf"(?:^|\.){re.escape(layers.rpartition('.')[2])}\.(\d{{1,6}})\.", name)
-    return int(match[1]) if match else None
 
 
 def read_quantization(config: PreTrainedConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, Any] | None:
@@ -93,8 +39,8 @@ def read_quantization(config: PreTrainedConfig, tensors: Mapping[str, StoredTens
     section = getattr(config, "quantization_config", None)
     if section is None:
         return None
-    if not isinstance(section, dict):
-        raise CheckpointError("quantization_config in config.json is no section; download the model again.")
+    if not isinstance(section, dict) or not isinstance(section.get("quant_method"), str):
+        raise CheckpointError("quantization_config in config.json names no method; download the model again.")
     method = str(section.get("quant_method"))
     if method not in READABLE:  # we cannot say more about it
         bits = section.get("bits")
@@ -114,3 +60,6 @@ def read_quantization(config: PreTrainedConfig, tensors: Mapping[str, StoredTens
     ]
     rows.sort(key=lambda row: (row["layer"] is None, row["layer"] or 0, row["name"]))
     return {"method": method, "bits": sorted({row["bits"] for row in rows}), "layers": rows}
+
+
+__all__ = ["READABLE", "StoredTensor", "block_of", "read_header", "read_headers", "read_quantization"]

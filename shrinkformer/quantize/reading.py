@@ -1,10 +1,9 @@
 """Read folders with quantized weights as ordinary ones, without the library that wrote them."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,8 +15,7 @@ from shrinkformer.quantize.compressed_tensors import unread
 from shrinkformer.quantize.formats import FORMATS
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layout import Format
-
-Found = TypeVar("Found")
+from shrinkformer.trust.weights import read_header, read_shards
 
 
 def read_quantized_state_dict(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -107,6 +105,7 @@ def _open_shards(folder: Path, stack: ExitStack) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no {SAFE_WEIGHTS_NAME} and no index of shards; pass a model's folder.")
 
     def open_(path: Path) -> dict[str, Any]:
+        read_header(path)  # before it is mapped
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except (OSError, SafetensorError) as error:
@@ -114,41 +113,3 @@ def _open_shards(folder: Path, stack: ExitStack) -> dict[str, Any]:
         return dict.fromkeys(file.keys(), file)
 
     return read_shards(folder, open_)
-
-
-def read_shards(folder: Path, read: Callable[[Path], Mapping[str, Found]]) -> dict[str, Found]:
-    """What is found of every tensor of a model, by name.
-
-    Args:
-        folder: Of the model, with one file of weights, or with an index of several.
-        read: What is found in one file, by tensor.
-
-    Raises:
-        CheckpointError: A tensor of the index is in none of the files, or the index is damaged.
-    """
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    places = weight_map(index) if index.is_file() else {}
-    found: dict[str, Found] = {}
-    for shard in sorted(set(places.values())) or [SAFE_WEIGHTS_NAME]:
-        found |= read(folder / shard)
-    for name in places:
-        if name not in found:
-            raise CheckpointError(f"{name} is in {index} but in none of its files; download the model again.")
-    return found
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """File by tensor, from the index of a folder; files lie in the folder itself.
-
-    Raises:
-        CheckpointError: The index is damaged, or names a file elsewhere.
-    """
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = {str(name): str(shard) for name, shard in places.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index} is no index of weights; download the model again.") from None
-    for shard in shards.values():
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names {shard!r}, which is outside of its folder; do not use this model.")
-    return shards

@@ -1,12 +1,13 @@
 """Send a checkpoint folder to the Hugging Face hub."""
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shrinkformer.errors import CheckpointError, HubError
+from shrinkformer.trust.configs import read_config
+from shrinkformer.trust.weights import weight_map
 from shrinkformer.utils.hub import one_line, require_hub
 
 if TYPE_CHECKING:
@@ -109,23 +110,13 @@ def files_to_push(folder: Path) -> list[str]:
 
 def _require_checkpoint(folder: Path) -> None:
     """Check that a folder has a configuration and all of its weights."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointError(f"{folder} has no config.json; push a folder that a run wrote.") from None
-    except ValueError:
-        raise CheckpointError(
-            f"{folder}: config.json cannot be read as JSON; push a folder that a run wrote."
-        ) from None
-    if not (isinstance(config, dict) and "model_type" in config):
-        raise CheckpointError(f"{folder}: config.json names no model_type; it is no checkpoint of transformers.")
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json; push a folder that a run wrote.")
+    read_config(folder)
     if not [*folder.glob("*.safetensors"), *folder.glob("*.onnx")]:
         raise CheckpointError(f"{folder} has no weights (*.safetensors or *.onnx); push a folder that a run wrote.")
     for index in folder.glob("*.safetensors.index.json"):
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(name for name in named if not (folder / name).is_file())
-        if missing:
-            raise CheckpointError(f"{folder}: {index.name} names {missing[0]}, which is not there; save it again.")
+        weight_map(index)
 
 
 def _content(root: Path, name: str, repo_id: str) -> str | bytes:
