@@ -28,7 +28,7 @@ from shrinkformer.prune.samples import spread
 from shrinkformer.prune.search import Found
 from shrinkformer.prune.sensitivity import Sensitivity, learn_sensitivity
 from shrinkformer.prune.sequential import RefitErrors
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.sites import Site, block_sites
 from shrinkformer.prune.statistics import Batches, LayerMoments
 

@@ -25,9 +25,10 @@ import transformers
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz_checks import check_budget, check_plan, check_plan_text
+from benchmarks.fuzz_checks import check_budget, check_plan
 from benchmarks.fuzz_models import FAMILIES
 from benchmarks.fuzz_sizes import check_sizes
+from benchmarks.fuzz_texts import check_plan_text
 from shrinkformer.prune.cholesky import DampingWarning
 
 Check = Callable[[st.DataObject, str], str]

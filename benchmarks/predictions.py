@@ -17,7 +17,7 @@ from shrinkformer.commands.options import DecoderOptions, EncoderOptions
 from shrinkformer.commands.session import Job
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.pruner import calibrate
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.utils.parallel import ALONE
 
 

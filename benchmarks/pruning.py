@@ -23,7 +23,7 @@ from shrinkformer.dataset.tasks import get_task
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.methods import METHOD_NAMES
 from shrinkformer.prune.pruner import calibrate
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 
 
 @dataclass(frozen=True)

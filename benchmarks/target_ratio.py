@@ -35,7 +35,7 @@ from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.result import Pruned
 from shrinkformer.prune.search import Search
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.sites import OUTSIDE, POSITIONS
 from shrinkformer.quantize.byte_budget import Compressor, learn_bytes
 from shrinkformer.quantize.byte_costs import ATTENTION, FLOAT

@@ -31,7 +31,7 @@ from shrinkformer.dataset.calibration import sample_calibration
 from shrinkformer.dataset.loading import load_split
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.prune.pruner import prune_model
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.quantizer import quantize_
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shrinkformer.prune.pruner import calibrate as calibrate
     from shrinkformer.prune.pruner import prune_model as prune_model
     from shrinkformer.prune.result import Pruned as Pruned
-    from shrinkformer.prune.shrink import ShrinkConfig as ShrinkConfig
+    from shrinkformer.prune.shrink_config import ShrinkConfig as ShrinkConfig
     from shrinkformer.quantize.checkpoint import load as load
     from shrinkformer.quantize.config import QuantizeConfig as QuantizeConfig
     from shrinkformer.quantize.quantizer import quantize_ as quantize_
@@ -36,7 +36,7 @@ _EXPORTS = {
     "Plan": "shrinkformer.prune.plan",
     "Pruned": "shrinkformer.prune.result",
     "calibrate": "shrinkformer.prune.pruner",
-    "ShrinkConfig": "shrinkformer.prune.shrink",
+    "ShrinkConfig": "shrinkformer.prune.shrink_config",
     "QuantizeConfig": "shrinkformer.quantize.config",
     "load": "shrinkformer.quantize.checkpoint",
     "prune_model": "shrinkformer.prune.pruner",

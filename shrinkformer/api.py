@@ -27,7 +27,7 @@ from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.methods import DEFAULT_METHOD, require_method
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import calibrate
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.quantize.checkpoint import load
 from shrinkformer.quantize.quantizer import quantize_

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.ablation import ALL, VARIANTS
 from shrinkformer.prune.pruner import prune_model
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from tests.conftest import build_model, make_batches
 from tests.test_architectures import outputs
 

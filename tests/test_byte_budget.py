@@ -13,7 +13,7 @@ from shrinkformer.errors import BudgetError, InputError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.knapsack import choose, frontier
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.quantize.byte_budget import Compressor, learn_bytes, require_bytes
 from shrinkformer.quantize.byte_costs import FLOAT, ByteCosts
 from shrinkformer.quantize.byte_search import ByteSearch, Mixture

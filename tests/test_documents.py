@@ -37,6 +37,14 @@ SETUP = {"git", "pip", "make", "benchmarks/peers/install.sh"}
 TOO_LARGE = {
     "benchmarks.large_models": "makes checkpoints of more than a billion weights",
     "benchmarks.quantization": "runs other projects in environments of their own",
+    "benchmarks.kills": "disturbs runs for many minutes; tests/test_disturbed.py does it briefly",
+    "benchmarks.failing_writes": "the same",
+    "benchmarks.malformed": "takes minutes; tests/test_malformed.py runs it",
+    "benchmarks.fuzz": "takes an hour; tests/test_fuzz.py draws some examples",
+    "benchmarks.threads": "prunes a real model several times; tests/test_threads.py does it with a tiny one",
+    "benchmarks.predictions": "prunes real models",
+    "benchmarks.calibration_memory": "makes a large model",
+    "benchmarks.fresh_environment": "makes virtual environments",
 }
 """Of these benchmarks only the flags are checked."""
 

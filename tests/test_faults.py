@@ -21,7 +21,7 @@ from shrinkformer.prune.lazy import load_lazily
 from shrinkformer.prune.methods import METHOD_NAMES
 from shrinkformer.prune.plan import SURPRISE, LayerPlan, Plan, warn_of_surprise
 from shrinkformer.prune.pruner import calibrate, prune_model
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.quantizer import quantize_
 from shrinkformer.quantize.scales import require_scales

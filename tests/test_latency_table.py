@@ -9,7 +9,8 @@ from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.errors import BudgetError, InputError
 from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.latency_table import LatencyCosts, LatencyTable
-from shrinkformer.prune.shrink import ShrinkConfig, learn
+from shrinkformer.prune.shrink import learn
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from tests.conftest import build_model, make_batches
 
 TABLE = LatencyTable(

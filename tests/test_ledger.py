@@ -13,7 +13,7 @@ from shrinkformer.prune.ledger import Ledger
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.resume import BlockFiles
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.utils.journal import Journal
 from tests.conftest import build_model, make_batches
 

@@ -28,7 +28,7 @@ from shrinkformer.prune.methods import METHOD_NAMES
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.resources import Resources
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.streamed import shard_bytes
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.quantizer import quantize_

@@ -237,7 +237,8 @@ def test_fast_products_of_rounded_rows_are_exact():
     Z[:, 0] += 7.0
     rounded = round_rows(Z)
     moments = collect(rounded, precision="fast")
-    assert relative(moments.second, rounded.double().T @ rounded.double()) < 1e-6
+    # Products are exact, sums are float32: how those round is up to the processor. Rounded apart it would be 1e-3.
+    assert relative(moments.second, rounded.double().T @ rounded.double()) < 1e-5
     assert float(torch.linalg.eigvalsh(moments.covariance()).min()) > 0
     assert relative(moments.second, Z.double().T @ Z.double()) < 1e-2
 

@@ -20,7 +20,7 @@ from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import calibrate, prune_model
 from shrinkformer.prune.refit import Correction, correct_consumer
 from shrinkformer.prune.resources import Resources
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.statistics import stream_statistics
 from shrinkformer.prune.stream import BlockStream, count_tokens
 from tests.conftest import build_model, make_batches

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 import shrinkformer
+from shrinkformer.errors import CheckpointError
 from shrinkformer.prune.sentence_encoder import copy_side_files
 from tests.conftest import ENCODERS, WORDS, build_model, build_tokenizer, make_batches
 
@@ -85,12 +86,11 @@ def test_longest_input(tmp_path: Path) -> None:
 def test_what_the_dense_model_says_is_kept(tmp_path: Path) -> None:
     source = tmp_path / "source"
     files = {
-        "modules.json": json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../outside"}]),
+        "modules.json": json.dumps([{"path": path, "type": "any"} for path in ("", "1_Pooling", "2_Dense")]),
         "1_Pooling/config.json": '{"pooling_mode": "cls"}',
         "2_Dense/config.json": "{}",
         "2_Dense/model.safetensors": "weights",
         "2_Dense/pytorch_model.bin": "pickles stay behind",
-        "../outside/config.json": "{}",
     }
     for name, text in files.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,10 @@ def test_what_the_dense_model_says_is_kept(tmp_path: Path) -> None:
         assert (folder / name).read_text() == files[name]
     assert not (folder / "2_Dense/pytorch_model.bin").exists()
     assert not (folder / "sentence_bert_config.json").exists()  # nothing is added to what it says
-    assert not copy_side_files(tmp_path / "outside", tmp_path / "small")
+    assert not copy_side_files(tmp_path / "nowhere", tmp_path / "small")
+    (source / "modules.json").write_text(json.dumps([{"path": "../outside", "type": "any"}]))
+    with pytest.raises(CheckpointError, match="outside"):
+        copy_side_files(source, tmp_path / "small")
 
 
 def test_other_models_get_nothing(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from shrinkformer.prune.samples import hold_out, spread
 from shrinkformer.prune.search import Found, Search
 from shrinkformer.prune.sensitivity import ATTENTION, _weights, learn_sensitivity
 from shrinkformer.prune.sequential import RefitErrors
-from shrinkformer.prune.shrink import ShrinkConfig, Shrinker, learn
+from shrinkformer.prune.shrink import Shrinker, learn
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.utils.parallel import ALONE
 from tests.conftest import FAMILIES, build_model, make_batches

@@ -27,7 +27,8 @@ from shrinkformer.prune.latency_table import LatencyCosts, LatencyTable
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.result import Pruned
-from shrinkformer.prune.shrink import ShrinkConfig, learn
+from shrinkformer.prune.shrink import learn
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.stock import stock_values
 from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.prune.uniform import Losses, allocate_alike, uniform_counts

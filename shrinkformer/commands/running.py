@@ -25,7 +25,7 @@ from shrinkformer.prune.hidden import Offload
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.stock import describe_limits
 from shrinkformer.prune.stream import count_tokens
 

@@ -14,7 +14,7 @@ from shrinkformer.errors import CheckpointError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.methods import SHRINK
 from shrinkformer.prune.result import timed
-from shrinkformer.prune.shrink import ShrinkConfig
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.quantize.byte_budget import Compressed, Compressor, learn_bytes, require_bytes
 from shrinkformer.quantize.quantizer import require_groups
 

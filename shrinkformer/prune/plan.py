@@ -121,8 +121,9 @@ def _wrong_values(plan: Plan) -> Iterator[str]:
             yield f"{name} is {getattr(plan, name)!r}"
     if type(plan.seed) is not int:
         yield f"seed is {plan.seed!r}"
-    if min(plan.dense_macs, plan.sequence_length) <= 0 or not 0 < plan.mu <= 1:
-        yield "dense_macs and sequence_length must be above 0, and mu in (0, 1]"
+    for name, most in (("dense_macs", math.inf), ("sequence_length", math.inf), ("mu", 1)):
+        if not 0 < getattr(plan, name) <= most:
+            yield f"{name} is {getattr(plan, name)!r}"
     for name in ("divergences", "uniform", "prediction"):
         if not all(map(_is_number, getattr(plan, name).values())):
             yield f"{name} is {getattr(plan, name)!r}"

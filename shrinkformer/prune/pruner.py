@@ -15,7 +15,8 @@ from shrinkformer.prune.methods import DEFAULT_METHOD, KPRUNE, KWON, SHRINK, is_
 from shrinkformer.prune.ranked import rank_units
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned
-from shrinkformer.prune.shrink import ShrinkConfig, learn
+from shrinkformer.prune.shrink import learn
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import count_tokens
 

@@ -29,6 +29,7 @@ from shrinkformer.prune.samples import hold_out, together
 from shrinkformer.prune.search import Search
 from shrinkformer.prune.sensitivity import Sensitivity, learn_sensitivity
 from shrinkformer.prune.sequential import RefitErrors, refit_blocks
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.statistics import Batches, Progress, stream_statistics
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.prune.surgery import with_blocks
@@ -42,25 +43,6 @@ UNSEARCHED = f"{SHRINK}, first plan"
 
 PLENTY = 65_536
 """Tokens beyond which an eighth more is not worth another fit."""
-
-
-@dataclass(frozen=True)
-class ShrinkConfig:
-    """Choices of the method.
-
-    Attributes:
-        whole_heads: Heads keep their width, so that blocks look like those of stock classes.
-        search_seconds: Time after which the search for a better plan stops, for each budget; 0 takes the first plan.
-            A search that is cut short depends on the speed of the machine, one that ends by itself does not.
-        latency_shape: Examples and tokens of an input. If given, budgets are fractions of the time that all blocks take
-            for it on this machine, not of MACs.
-        say: Gets a line for every round of the search.
-    """
-
-    whole_heads: bool = False
-    search_seconds: float = 120.0
-    latency_shape: tuple[int, int] | None = None
-    say: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from shrinkformer.prune.curves import sized
 from shrinkformer.prune.guarded import learn_guarded
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
-from shrinkformer.prune.shrink import ShrinkConfig, Shrinker, learn
+from shrinkformer.prune.shrink import Shrinker, learn
+from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.sites import OUTSIDE
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.quantize.byte_costs import (
