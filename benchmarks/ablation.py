@@ -113,5 +113,11 @@ VARIANTS = {
 }
 """Rows are named after what is missing."""
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Run what is missing, then print the tables."""
     compare(VARIANTS, __doc__)
+
+
+if __name__ == "__main__":
+    main()

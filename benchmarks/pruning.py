@@ -129,6 +129,7 @@ def draw(rows: list[Record], metric: str, options: argparse.Namespace) -> None:
     panels[0].set_ylabel(f"{options.task_name} {metric}")
     panels[1].set(ylabel="divergence from the dense model", yscale="log")
     panels[0].legend(fontsize=8)
+    options.figure.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.figure, dpi=100)
 
 
@@ -151,5 +152,10 @@ def compare(variants: Mapping[str, Variant], description: str | None) -> None:
         draw(rows, metric, options)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run what is missing, then print the tables."""
     compare(VARIANTS, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -55,6 +55,8 @@ def build(world: Path) -> Path:
         encoder(work / "models" / "all-MiniLM-L6-v2" / task, task)
     for task in ("qqp", "sst2"):
         encoder(world / "shared" / "models" / f"minilm-{task}", task)
+    for name in ("babyllama-tok105", "stories260K"):
+        decoder(world / "shared" / "models" / name / "hf_converted", "llama")
     decoder(work / "models" / "opt-mini", "opt")
     decoder(work / "models" / "opt-125M", "opt")
     decoder(work / "path" / "to" / "llama", "llama")
