@@ -174,7 +174,7 @@ def prepare(options: argparse.Namespace) -> tuple[Comparison, DecoderOptions, An
     model, _ = load_model(source, model_class(source, None), resolve_device(settings.device), torch.float32)
     key = {
         "model": source.name,
-        "weights": fingerprint(model, [])[:12],  # a checkpoint that was trained further is another one
+        "weights": fingerprint(model)[:12],  # a checkpoint that was trained further is another one
         "task": settings.task,
         "samples": settings.sample_batch_size,
         "windows": [len(windows) for windows in evaluation.values()],

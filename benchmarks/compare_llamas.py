@@ -115,7 +115,7 @@ def compare(folder: str, options: argparse.Namespace, results: Results) -> None:
     evaluation = write_text(model, options.evaluation_size, EVALUATION_SEED)
     key = {
         "model": folder,
-        "weights": fingerprint(model, [])[:12],
+        "weights": fingerprint(model)[:12],
         "samples": options.sample_batch_size,
         "windows": len(evaluation),
     }

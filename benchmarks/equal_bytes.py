@@ -103,7 +103,7 @@ def run_seed(subject: Subject, options: argparse.Namespace, seed: int, results: 
 def common(subject: Subject, options: argparse.Namespace) -> Record:
     """What all points of one comparison share."""
     names = ("mu", "group_size", "method", "sample_batch_size", "max_windows")
-    return {"weights": fingerprint(subject.model, [])[:12], **{name: getattr(options, name) for name in names}}
+    return {"weights": fingerprint(subject.model)[:12], **{name: getattr(options, name) for name in names}}
 
 
 def table(rows: Sequence[Record], corpora: Sequence[str]) -> str:

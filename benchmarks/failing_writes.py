@@ -8,7 +8,6 @@ Afterwards every checkpoint must be whole, the earlier or the new one; everythin
 there as an undisturbed run would have written it; and with room again, --resume must end as if nothing had happened.
 """
 
-import argparse
 import contextlib
 import math
 import random
@@ -19,9 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from benchmarks.kills import Harness
+from benchmarks.kills import Harness, parse_arguments
 from benchmarks.small_runs import JOBS, Job, checkpoints, figures, finish, new_place, records, same, start
 
 SMALLEST = 16_384
@@ -151,12 +148,7 @@ def can_mount(folder: Path) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Let writes fail so often; 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="a folder of its own: it is emptied")
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    options = parse_arguments(arguments, __doc__, "--runs", 100)
     harness = FailingWrites(options.work_dir.resolve(), random.Random(options.seed))
     harness.prepare()
     disks = can_mount(harness.work / "place")

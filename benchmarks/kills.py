@@ -116,14 +116,21 @@ class Harness:
         return sum(count for name, count in self.counts.items() if name.endswith(": kills"))
 
 
+def parse_arguments(
+    arguments: list[str] | None, description: str | None, amount: str, default: int
+) -> argparse.Namespace:
+    """Flags of benchmarks that disturb runs, which compute with one thread."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, required=True, help="a folder of its own: it is emptied")
+    parser.add_argument(amount, type=int, default=default)
+    parser.add_argument("--seed", type=int, default=0)
+    torch.set_num_threads(1)
+    return parser.parse_args(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Disturb until there were enough kills; 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="a folder of its own: it is emptied")
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    options = parse_arguments(arguments, __doc__, "--kills", 200)
     harness = Harness(options.work_dir.resolve(), random.Random(options.seed))
     harness.prepare()
     for number, job in enumerate(JOBS):

@@ -195,7 +195,7 @@ def compare(subject: Subject, options: argparse.Namespace, results: Results) -> 
     """Measure what is missing of one model, and say how its rows are told from others."""
     common = {
         "model": subject.name,
-        "weights": fingerprint(subject.model, [])[:12],
+        "weights": fingerprint(subject.model)[:12],
         "samples": options.sample_batch_size,
         "windows": [len(windows) for windows in subject.evaluation.values()],
     }

@@ -13,14 +13,14 @@ from shrinkformer.errors import InputError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.resources import Resources
-from shrinkformer.prune.resume import BlockStore, fingerprint
+from shrinkformer.prune.resume import BlockStore, examples_digest, fingerprint
 from tests.conftest import ROOT, build_model, make_batches
 
 
 def test_resuming_gives_the_same_plan_and_repeats_only_one_block(batches: list[dict[str, Any]], tmp_path: Path) -> None:
     model = build_model()
     expected = calibrate(model, batches, method="stat-bias").prune(Budget(0.5, 16)).plan
-    key = fingerprint(model, batches)
+    key = fingerprint(model) + examples_digest(batches)
 
     broken = layer_views(model)[2].feed_forward_output.module.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -43,9 +43,12 @@ def test_resuming_gives_the_same_plan_and_repeats_only_one_block(batches: list[d
 
 def test_other_weights_or_examples_are_refused(batches: list[dict[str, Any]], tmp_path: Path) -> None:
     model = build_model()
-    store = BlockStore(tmp_path, fingerprint(model, batches), resume=False)
+    store = BlockStore(tmp_path, fingerprint(model) + examples_digest(batches), resume=False)
     calibrate(model, batches, resources=Resources(store=store), method="stat-bias")
-    others = [fingerprint(build_model(seed=1), batches), fingerprint(model, make_batches([5, 6], batch_size=2))]
+    others = [
+        fingerprint(build_model(seed=1)) + examples_digest(batches),
+        fingerprint(model) + examples_digest(make_batches([5, 6], batch_size=2)),
+    ]
     for key in others:
         with pytest.raises(InputError, match=r"--resume: .* other weights, calibration examples or options"):
             BlockStore(tmp_path, key, resume=True)
@@ -65,10 +68,10 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.resources import Resources
-from shrinkformer.prune.resume import BlockStore, fingerprint
+from shrinkformer.prune.resume import BlockStore, examples_digest, fingerprint
 from tests.conftest import build_model, make_batches
 model, batches = build_model(), make_batches([5, 9, 7], batch_size=3)
-store = BlockStore(Path(sys.argv[1]), fingerprint(model, batches), resume=False)
+store = BlockStore(Path(sys.argv[1]), fingerprint(model) + examples_digest(batches), resume=False)
 write = store.write
 def write_then_die(block, moments):
     write(block, moments)
@@ -83,7 +86,7 @@ def test_a_killed_process_leaves_whole_blocks(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED.format(root=str(ROOT)), str(tmp_path)], check=False)
     assert done.returncode == -signal.SIGKILL
     model, batches = build_model(), make_batches([5, 9, 7], batch_size=3)
-    store = BlockStore(tmp_path, fingerprint(model, batches), resume=True)
+    store = BlockStore(tmp_path, fingerprint(model) + examples_digest(batches), resume=True)
     assert [store.read(block, model.device) is not None for block in range(3)] == [True, True, False]
     assert (
         calibrate(model, batches, resources=Resources(store=store), method="stat-bias").prune(Budget(0.5, 9)).plan.ratio

@@ -26,7 +26,7 @@ from shrinkformer.prune.lazy import load_lazily
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.pruner import calibrate, prune_model
 from shrinkformer.prune.resources import Resources
-from shrinkformer.prune.resume import BlockStore, fingerprint
+from shrinkformer.prune.resume import BlockStore, examples_digest, fingerprint
 from shrinkformer.prune.shards import ShardWriter
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.prune.streamed import prune_to_folder
@@ -291,7 +291,7 @@ class TestPython:
         shrinkformer.save(expected.model, tmp_path / "expected", plan=expected.plan)
 
         lazy, weights = load_lazily(AutoModelForCausalLM, str(tmp_path / "dense"), dtype=torch.float32)
-        store = BlockStore(tmp_path / "store", fingerprint(lazy, batches), resume=False)
+        store = BlockStore(tmp_path / "store", fingerprint(lazy) + examples_digest(batches), resume=False)
         resources = Resources(weights, Offload(tmp_path / "spill", limit=0), store, ALONE)
         calibrated = calibrate(lazy, batches, resources=resources, method="stat-bias")
         assert calibrated.statistics is not None

@@ -76,7 +76,7 @@ def _identity(session: Session) -> dict[str, str]:
     files = sorted(location.glob("*.safetensors")) if location.is_dir() else []
     flags = {field.name: getattr(options, field.name) for field in fields(options)}
     return {
-        "weights of the model": fingerprint(session.model, [], files),
+        "weights of the model": fingerprint(session.model, files),
         "calibration examples": examples_digest(job.batches),
         **{f"--{name}": str(value) for name, value in flags.items() if name not in _WITHOUT_EFFECT},
         "--device": job.device,

@@ -1,7 +1,8 @@
 """Learning and pruning that name the place of NaN and infinity, and go on with smaller batches when memory runs out."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -13,6 +14,24 @@ from shrinkformer.utils.memory import largest, limited, with_smaller_batches
 from shrinkformer.utils.parallel import Workers
 
 T = TypeVar("T")
+
+
+class _WithBatches(Protocol):
+    """What a method has learnt, as a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def batches(self) -> Batches: ...
+
+    @property
+    def resources(self) -> Resources: ...
+
+
+Batched = TypeVar("Batched", bound=_WithBatches)
 
 
 def learn_guarded(
@@ -63,6 +82,26 @@ def prune_guarded(
 
     with faults_located(model, batches, resources):
         return in_smaller_batches(attempt, batches, resources.workers, what="pruning")
+
+
+def prune_limited(calibrated: Batched, prune: Callable[[Batched], Pruned]) -> Pruned:
+    """The same for a method of which nothing but the examples depends on how many pass at a time.
+
+    Args:
+        calibrated: A model with what was learnt about it.
+        prune: Gets it with batches as large as memory allows.
+
+    Raises:
+        NumericalError: As :func:`prune_guarded`.
+        OutOfMemoryError: As :func:`prune_guarded`.
+    """
+    batches = calibrated.batches
+    return prune_guarded(
+        lambda most: prune(replace(calibrated, batches=limited(batches, most))),
+        calibrated.model,
+        batches,
+        calibrated.resources,
+    )
 
 
 def in_smaller_batches(step: Callable[[int], T], batches: Batches, workers: Workers, *, what: str) -> T:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.divergence import Predictions, Target, predictions
 from shrinkformer.prune.fisher import TOKENS, log_likelihood
-from shrinkformer.prune.guarded import prune_guarded
+from shrinkformer.prune.guarded import prune_limited
 from shrinkformer.prune.masks import (
     Loss,
     Part,
@@ -35,7 +35,6 @@ from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import token_rows
 from shrinkformer.utils.inputs import accepted_inputs
-from shrinkformer.utils.memory import limited
 from shrinkformer.utils.parallel import Workers
 
 _TEMPERATURE = 2.0  # as published
@@ -118,12 +117,7 @@ class KPrune:
             BudgetError: The budget is below what every block must keep.
             InputError: The budget asks for blocks that are all alike.
         """
-        return prune_guarded(
-            lambda most: replace(self, batches=limited(self.batches, most))._prune(budget),
-            self.model,
-            self.batches,
-            self.resources,
-        )
+        return prune_limited(self, lambda limited: limited._prune(budget))
 
     def _prune(self, budget: Budget) -> Pruned:
         require_method(KPRUNE, uniform=budget.uniform)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from shrinkformer.prune.allocation import allocate_for_most
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.fisher import log_likelihood
-from shrinkformer.prune.guarded import prune_guarded
+from shrinkformer.prune.guarded import prune_limited
 from shrinkformer.prune.masks import (
     Part,
     mask_gradients,
@@ -32,7 +32,6 @@ from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.uniform import Losses, allocate_alike
-from shrinkformer.utils.memory import limited
 
 _MINI_BATCH = 32  # examples that share one gradient, as published
 _DAMP = 1.0  # of the least squares, as published
@@ -77,12 +76,7 @@ class Kwon:
             NumericalError: What was made computes NaN or infinity on the examples.
             OutOfMemoryError: There is not enough memory even for one example at a time.
         """
-        return prune_guarded(
-            lambda most: replace(self, batches=limited(self.batches, most))._prune(budget),
-            self.model,
-            self.batches,
-            self.resources,
-        )
+        return prune_limited(self, lambda limited: limited._prune(budget))
 
     def _prune(self, budget: Budget) -> Pruned:
         seconds: dict[str, float] = {}

@@ -15,7 +15,7 @@ from shrinkformer.architectures import LayerView, Projection, layer_views, unit_
 from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.choices import Choice, layer_plan, read_choices, write_choices
-from shrinkformer.prune.guarded import prune_guarded
+from shrinkformer.prune.guarded import prune_limited
 from shrinkformer.prune.methods import LayerRanking, Method, get_method
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.plan import LayerPlan, Plan
@@ -27,7 +27,6 @@ from shrinkformer.prune.statistics import Batches, LayerMoments, Progress, Stati
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.prune.surgery import remove_heads, remove_neurons, with_blocks
 from shrinkformer.prune.uniform import Losses, allocate_alike
-from shrinkformer.utils.memory import limited
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,7 @@ class Ranked:
             NumericalError: What was made computes NaN or infinity on the examples.
             OutOfMemoryError: There is not enough memory even for one example at a time.
         """
-        return prune_guarded(
-            lambda most: replace(self, batches=limited(self.batches, most))._prune(budget),
-            self.model,
-            self.batches,
-            self.resources,
-        )
+        return prune_limited(self, lambda limited: limited._prune(budget))
 
     def _prune(self, budget: Budget) -> Pruned:
         seconds: dict[str, float] = {}

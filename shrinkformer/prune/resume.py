@@ -17,14 +17,11 @@ from shrinkformer.errors import InputError
 from shrinkformer.prune.moments import Moments
 
 
-def fingerprint(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], weight_files: Iterable[Path] = ()
-) -> str:
-    """A digest of the weights of a model and of its calibration inputs: statistics belong to both.
+def fingerprint(model: PreTrainedModel, weight_files: Iterable[Path] = ()) -> str:
+    """A digest of the weights of a model.
 
     Args:
         model: The dense model; of blocks that are not in memory, only shapes enter.
-        batches: The calibration inputs.
         weight_files: Files of such a model, known by size and time of change: reading them twice would take too long.
     """
     digest = hashlib.blake2b(digest_size=16)
@@ -32,14 +29,11 @@ def fingerprint(
         digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     for name, tensor in model.state_dict().items():
         _add(digest, name, tensor)
-    for batch in batches:
-        for name in ("input_ids", "attention_mask"):
-            _add(digest, name, batch[name])
     return digest.hexdigest()
 
 
 def examples_digest(batches: Iterable[Mapping[str, Tensor]]) -> str:
-    """A digest of calibration inputs alone."""
+    """A digest of calibration inputs."""
     digest = hashlib.blake2b(digest_size=16)
     for batch in batches:
         for name in sorted(batch):
