@@ -62,7 +62,8 @@ def value_basis(second: Tensor, weight: Tensor) -> Tensor:
         ``(width, width)`` float64.
     """
     root, inverse = matrix_roots(second)
-    left: Tensor = torch.linalg.svd(root @ weight, full_matrices=False).U
+    width, outputs = weight.shape  # heads may be wider than the model: the rest of the directions completes the basis
+    left: Tensor = torch.linalg.svd(root @ weight, full_matrices=outputs < width).U
     return inverse @ left
 
 
