@@ -30,6 +30,7 @@ from shrinkformer.prune.methods import METHOD_NAMES
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.result import Pruned
 from shrinkformer.prune.resume import fingerprint
+from shrinkformer.prune.shrink_config import ShrinkConfig
 
 DIVERGENCE_WINDOWS = 20
 """Of each corpus; a divergence has a far smaller standard error than a perplexity."""
@@ -47,6 +48,7 @@ class Comparison:
         results: Where the points go.
         look_at: What is recorded of every pruned model beside its perplexities.
         uniform: All blocks get the same sizes; points are filed under the method's name and this.
+        config: Choices of ``shrink``.
     """
 
     model: PreTrainedModel
@@ -56,6 +58,7 @@ class Comparison:
     results: Results
     look_at: Callable[[Pruned], Record]
     uniform: bool = False
+    config: ShrinkConfig = ShrinkConfig()
 
     def label(self, method: str) -> str:
         """Of a method, in the file of points and in tables."""
@@ -100,7 +103,8 @@ class Comparison:
         missing = [mu for mu in mus if not self.results.has(keys[mu])]
         if not missing:
             return
-        calibrated = calibrate(self.model, as_batches(calibration, self.batch_size), method=method, seed=seed)
+        batches = as_batches(calibration, self.batch_size)
+        calibrated = calibrate(self.model, batches, method=method, seed=seed, config=self.config)
         for mu in missing:
             pruned = calibrated.prune(Budget(mu, calibration.shape[1], uniform=self.uniform))
             found = {"macs": pruned.plan.ratio, **self.measure(pruned.model), **self.look_at(pruned)}
@@ -141,6 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, mu: Sequence[float], outpu
     parser.add_argument("--sample_batch_size", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--uniform", action="store_true", help="all blocks get the same sizes")
+    parser.add_argument("--search_seconds", type=float, default=ShrinkConfig().search_seconds)
     parser.add_argument("--output", type=Path, default=Path("output") / output)
 
 
@@ -181,7 +186,9 @@ def prepare(options: argparse.Namespace) -> tuple[Comparison, DecoderOptions, An
         "length": length,
     }
     results = Results.read(options.output)
-    return Comparison(model, evaluation, settings.batch_size, key, results, sizes, options.uniform), settings, tokenizer
+    config = ShrinkConfig(search_seconds=options.search_seconds)
+    comparison = Comparison(model, evaluation, settings.batch_size, key, results, sizes, options.uniform, config)
+    return comparison, settings, tokenizer
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.prune.result import Pruned
 from shrinkformer.prune.resume import fingerprint
+from shrinkformer.prune.shrink_config import ShrinkConfig
 
 MODELS = ("babyllama-tok105/hf_converted", "stories260K/hf_converted")
 
@@ -125,7 +126,10 @@ def compare(folder: str, options: argparse.Namespace, results: Results) -> None:
         same = check_cache(pruned.model, evaluation[:8, :16])
         return {"groups": pruned.plan.heads, "neurons": pruned.plan.neurons, "whole_groups": whole, "cache": same}
 
-    comparison = Comparison(model, {CORPUS: evaluation}, options.batch_size, key, results, look_at, options.uniform)
+    config = ShrinkConfig(search_seconds=options.search_seconds)
+    comparison = Comparison(
+        model, {CORPUS: evaluation}, options.batch_size, key, results, look_at, options.uniform, config
+    )
     comparison.run_dense()
     for seed in options.seeds:
         calibration = write_text(model, options.sample_batch_size, seed)
