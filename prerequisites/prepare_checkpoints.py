@@ -49,6 +49,7 @@ class Options:
     max_examples: int | None = None
     save_steps: int = 200
     freeze_embeddings: bool = False
+    bf16: bool = False
     seed: int = 0
     resume: bool = False
     device: str = "auto"
@@ -219,8 +220,9 @@ def _training_arguments(options: Options, checkpoints: Path) -> Any:
         save_steps=options.save_steps,
         save_total_limit=1,
         remove_unused_columns=False,
-        use_cpu=options.device == "cpu",
+        use_cpu=options.device == "cpu" or not torch.accelerator.is_available(),  # said outright, or bf16 is refused
         dataloader_pin_memory=options.device != "cpu" and torch.cuda.is_available(),
+        bf16=options.bf16,
         seed=options.seed,
         report_to="none",
     )
@@ -268,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--max_examples", type=int, help="train on a random part of the data")
     p.add_argument("--save_steps", type=int, default=200, help="steps between resumable checkpoints")
     p.add_argument("--freeze_embeddings", action="store_true")
+    p.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights stay float32; often faster")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--convert", type=Path, metavar="DIR", help="folder with a pytorch_model.bin to convert")

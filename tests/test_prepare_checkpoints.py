@@ -80,7 +80,7 @@ class TestFineTune:
 
     def test_squad_span_head(self, script, encoder, tmp_path):
         data(tmp_path, "squad", made.questions(10))
-        options = ("--epochs", 1, "--max_length", 64, "--max_examples", 6, "--freeze_embeddings")
+        options = ("--epochs", 1, "--max_length", 64, "--max_examples", 6, "--freeze_embeddings", "--bf16")
         assert script.main(arguments(tmp_path, encoder, "squad", *options)) == 0
         folder = tmp_path / "models" / "tiny" / "squad"
         model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
