@@ -1,6 +1,7 @@
 """A budget in bytes: counted as on disk, never exceeded, met by the best of what can be chosen."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from shrinkformer.quantize.byte_costs import FLOAT, ByteCosts
 from shrinkformer.quantize.byte_search import ByteSearch, Mixture
 from shrinkformer.quantize.checkpoint import load, save
 from shrinkformer.quantize.config import QuantizeConfig
+from shrinkformer.quantize.drafts import Choice, Drafts, untouched
+from shrinkformer.quantize.tempering import errors_left
 from tests.conftest import FAMILIES, build_model, make_batches
 
 BATCHES = make_batches([3 + index % 18 for index in range(48)], batch_size=16)
@@ -105,6 +108,39 @@ class TestSearch:
         found.carry_out(found.plan(int(0.5 * checkpoint_bytes(model))))
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
         assert torch.equal(random, torch.random.get_rng_state())
+
+
+class TestTempering:
+    def test_drafts_hold_what_is_left_of_rounding_errors(self, learnt: Compressor) -> None:
+        drafts, level = Drafts(learnt.shrinker, learnt.costs, CONFIG), learnt.shrinker.levels[0]
+        state = {name: Choice(one.units, (2, 4)) for name, one in untouched(level.view).items()}
+        dense, coarse = state_of(level.view.block), state_of(drafts.block(0, state))
+        drafts.temper({2: 0.0, 3: 0.5})
+        tempered = state_of(drafts.block(0, state))
+        attention = level.view.architecture.attention
+        assert torch.equal(tempered[f"{attention.query}.weight"], dense[f"{attention.query}.weight"])
+        name = f"{attention.output}.weight"  # in 4 bits, of which the errors are those of 3
+        assert not torch.equal(coarse[name], dense[name])
+        assert torch.allclose(tempered[name], (dense[name] + coarse[name]) / 2, atol=1e-6)
+
+    def test_they_are_measured(self, learnt: Compressor) -> None:
+        drafts, random = Drafts(learnt.shrinker, learnt.costs, CONFIG), torch.random.get_rng_state()
+        left = errors_left(learnt.shrinker, drafts, learnt.costs, CONFIG)
+        assert left.keys() == {2, 3}
+        assert all(0 < share <= 1 for share in left.values())
+        assert left[2] < 1
+        assert left == errors_left(learnt.shrinker, drafts, learnt.costs, CONFIG)
+        assert torch.equal(random, torch.random.get_rng_state())
+
+    def test_nothing_that_groups_divide_is_nothing_to_temper(self) -> None:
+        model = build_model("bert", hidden_size=36, intermediate_size=60)
+        learnt = learn_bytes(model, BATCHES, replace(CONFIG, group_size=16), LIMITS, ShrinkConfig(search_seconds=0))
+        drafts = Drafts(learnt.shrinker, learnt.costs, learnt.config)
+        assert errors_left(learnt.shrinker, drafts, learnt.costs, learnt.config) == {2: 1.0, 3: 1.0}
+
+
+def state_of(block: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(block.state_dict())
 
 
 class TestLimits:

@@ -20,7 +20,6 @@ from shrinkformer.quantize.byte_costs import (
     ATTENTION,
     BITS,
     FEED_FORWARD,
-    FLOAT,
     SUBLAYERS,
     ByteCosts,
     require_packable,
@@ -31,6 +30,7 @@ from shrinkformer.quantize.config import QuantizeConfig, Quantized
 from shrinkformer.quantize.drafts import Drafts
 from shrinkformer.quantize.outside import outside_layers
 from shrinkformer.quantize.quantizer import quantize_
+from shrinkformer.quantize.tempering import bits_by_name, errors_left
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,7 @@ class Compressor:
 
     def quantization(self, mixture: Mixture) -> QuantizeConfig:
         """What a plan asks of the quantizer."""
-        bits_of: dict[str, int] = {}
-        for part, choice in mixture.choices.items():
-            if part.names:
-                named = {part.names: choice.bits[0]}
-            else:
-                sites = self.costs.sites(part.sublayer)
-                named = {
-                    tuple(self.costs.names(part.index, site)): bits
-                    for site, bits in zip(sites, choice.bits, strict=True)
-                }
-            bits_of |= {name: bits for names, bits in named.items() for name in names if bits != FLOAT}
+        bits_of = bits_by_name(self.costs, mixture.choices)
         model = self.shrinker.model
         also = tuple(kind for kind in OUTSIDE if any(name in bits_of for name in outside_layers(model, kind)))
         return replace(self.config, bits_of=bits_of, also=also)
@@ -176,7 +166,9 @@ def _learn_bytes(
     shrinker = learn(model, batches, shrink, seed=seed, progress=progress, resources=resources)
     seconds, costs = dict(shrinker.seconds), ByteCosts(model, config)
     with timed(seconds, "selection"):
-        options = ByteOptions(shrinker, Drafts(shrinker, costs, config), costs, limits)
+        drafts = Drafts(shrinker, costs, config)
+        drafts.temper(errors_left(shrinker, drafts, costs, config, progress))
+        options = ByteOptions(shrinker, drafts, costs, limits)
         search = ByteSearch(
             options, shrinker.damage, seconds=shrink.search_seconds, say=shrink.say, workers=resources.workers
         )

@@ -1,7 +1,8 @@
 """Blocks as they would about become when they are pruned and quantized: quick to make, to choose among them.
 
 A draft knows only what its layers see in the dense model, and rounds once with look-ahead; nothing makes up for errors
-of other layers. What is chosen in the end is pruned and quantized with all care.
+of other layers. What is chosen in the end is pruned and quantized with all care, which takes more off an error of
+rounding than off one of pruning. So drafts may hold rounding errors in part, see :meth:`Drafts.temper`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +77,16 @@ class Drafts:
         self._made: dict[tuple[object, ...], list[_Layer]] = {}
         self._matrices: dict[tuple[str, int], Tensor] = {}
         self._hessian: tuple[object, Hessian] | None = None
+        self._left: Mapping[int, float] = {}
+
+    def temper(self, left: Mapping[int, float]) -> None:
+        """Let rounding errors in blocks be smaller than rounding once makes them.
+
+        Args:
+            left: Size of what careful quantizing leaves of the errors of so many bits; of others that of the next
+                fewer.
+        """
+        self._left = left
 
     @torch.no_grad()
     def block(self, index: int, choices: Mapping[str, Choice]) -> nn.Module:
@@ -88,14 +99,14 @@ class Drafts:
             if choice.bits[0] != FLOAT:
                 rows = self._rows(level, sublayer, choice.units)
                 for path, layer in zip(makers.paths, self._makers(index, sublayer, choice.bits[0]), strict=True):
-                    _put(view.linear(path), layer, rows[path])
+                    self._put(view.linear(path), layer, choice.bits[0], rows[path])
             if choice.bits[1] != FLOAT:
                 linear = view.linear(consumer.paths[0])
                 key = (index, sublayer, choice.units, choice.bits[1])
                 if key not in self._made:
                     moments = self._consumed(level, sublayer, choice.units)
                     self._made[key] = self._quantized([linear], moments, choice.bits[1], key[:3])
-                _put(linear, self._made[key][0])
+                self._put(linear, self._made[key][0], choice.bits[1])
         return view.block
 
     @contextmanager
@@ -115,6 +126,14 @@ class Drafts:
         finally:
             for names, weight in weights.items():
                 weight.data = before[names]
+
+    def _put(self, linear: Projection, layer: _Layer, bits: int, rows: Tensor | None = None) -> None:
+        """Move a layer from its own weights towards coarse ones."""
+        chosen = slice(None) if rows is None else rows
+        left = self._left.get(max((known for known in self._left if known <= bits), default=0), 1.0)
+        for tensor, coarse in ((linear.weight, layer.weight), (linear.bias, layer.bias)):
+            if tensor is not None and coarse is not None:
+                tensor.lerp_(coarse[chosen].to(tensor.dtype), left)
 
     def _makers(self, index: int, sublayer: str, bits: int) -> list[_Layer]:
         """All rows of the layers that make heads or neurons; the rows of some are rows of these."""
@@ -184,13 +203,6 @@ class Drafts:
         weight = self._model.get_submodule(names[0]).weight
         assert isinstance(weight, Tensor)
         return weight
-
-
-def _put(linear: Projection, layer: _Layer, rows: Tensor | None = None) -> None:
-    chosen = slice(None) if rows is None else rows
-    linear.weight.copy_(layer.weight[chosen])
-    if linear.bias is not None and layer.bias is not None:
-        linear.bias.copy_(layer.bias[chosen])
 
 
 @torch.no_grad()
