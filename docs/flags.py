@@ -30,7 +30,8 @@ def tables() -> str:
     evaluation = ", ".join(f"`--{name}`" for name in _flags(EvaluationOptions))
     parts = [f"### {title}\n\n{_table(flags)}" for title, flags in sections.items()]
     parts.append(
-        f"### `shrinkformer evaluate`, `opt_eval.py`\n\nOf language models: {evaluation}; where data and output are."
+        f"### `shrinkformer evaluate`, `opt_eval.py`\n\nOf language models: {evaluation}; where data and output are; "
+        "`--report_to`."
     )
     return "\n\n".join(parts)
 

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import shrinkformer
-from shrinkformer.commands import opt_eval, prune_opt, running
+from shrinkformer.commands import opt_eval, prune_opt, running, tracking
+from shrinkformer.commands.report import Run
 from shrinkformer.dataset.corpora import CORPORA, evaluation_windows
 from shrinkformer.efficiency.size import count_parameters, folder_bytes
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
@@ -256,6 +257,15 @@ class TestOptEval:
         (record,) = read_records(Path("output"))
         assert record["dense"]["metrics"] == finished[1][2]["dense"]["metrics"]
         assert (record["mu"], "pruned" in record) == (1, False)
+
+    def test_trackers_get_its_figures(self, run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[tuple[Run, Path]] = []
+        monkeypatch.setattr(tracking, "_WRITERS", {"tensorboard": lambda *arguments: seen.append(arguments)})
+        monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: name)
+        assert run("--report_to", "tensorboard", main=opt_eval.main) == 0
+        (record,), ((found, folder),) = read_records(Path("output")), seen
+        assert {f"dense/{name}" for name in record["dense"]["metrics"]} <= tracking.scalars(found).keys()
+        assert folder.parent == Path("output/opt/runs")
 
     def test_a_pruned_folder(self, run: Callable[..., int], finished: Finished) -> None:
         pruned = finished[1][1]

@@ -10,7 +10,17 @@ from shrinkformer.commands.prune_opt import run_decoder
 
 PROG = "opt_eval.py"
 
-_SHARED = ("data_dir", "bundled_data", "batch_size", "output_dir", "device", "max_memory", "offload_dir", "dry_run")
+_SHARED = (
+    "data_dir",
+    "bundled_data",
+    "batch_size",
+    "output_dir",
+    "device",
+    "max_memory",
+    "offload_dir",
+    "dry_run",
+    "report_to",
+)
 
 
 def evaluate_command(arguments: Sequence[str] | None) -> None:
