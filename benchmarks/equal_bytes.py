@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.quantization import BATCH, LENGTH, Subject, read_subject
+from benchmarks.quantization import BATCH, Subject, read_subject
 from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import quiet_libraries
@@ -58,13 +58,13 @@ def quantize(
     return model
 
 
-def prune_to_size(calibrated: Calibrated, wanted: int) -> PreTrainedModel:
+def prune_to_size(calibrated: Calibrated, length: int, wanted: int) -> PreTrainedModel:
     """About the largest pruned model that is no larger in half precision, or the smallest that there is."""
     low, high, fitting, least = 0.0, 1.0, None, None
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         try:
-            model = calibrated.prune(Budget(middle, LENGTH)).model
+            model = calibrated.prune(Budget(middle, length)).model
         except BudgetError:
             low = middle
             continue
@@ -81,7 +81,7 @@ def run_seed(subject: Subject, options: argparse.Namespace, seed: int, results: 
     """All points on one calibration sample."""
     ids, group = subject.calibrate(seed), options.group_size
     calibrated = calibrate(subject.model, as_batches(ids, BATCH), method=options.method, seed=seed)
-    pruned = calibrated.prune(Budget(options.mu, LENGTH, group)).model
+    pruned = calibrated.prune(Budget(options.mu, subject.length, group)).model
     wanted = stored_bytes(pruned, (4, 4), group)
 
     def alone(bits: tuple[int, int]) -> Callable[[], PreTrainedModel]:
@@ -89,7 +89,7 @@ def run_seed(subject: Subject, options: argparse.Namespace, seed: int, results: 
 
     points: dict[str, tuple[Callable[[], PreTrainedModel], tuple[int, int]]] = {
         PRUNED: (lambda: quantize(pruned, subject.model, ids, (4, 4), group), (4, 4)),
-        SMALLER: (lambda: prune_to_size(calibrated, wanted), (16, 16)),
+        SMALLER: (lambda: prune_to_size(calibrated, subject.length, wanted), (16, 16)),
         **{name: (alone(bits), bits) for name, bits in ALONE.items()},
     }
     for name, (make, bits) in points.items():

@@ -63,6 +63,11 @@ class Subject:
     dense: dict[str, float] = field(default_factory=dict)
     predictions: dict[str, list[Tensor]] = field(default_factory=dict)
 
+    @property
+    def length(self) -> int:
+        """Of a window, in tokens."""
+        return next(iter(self.evaluation.values())).shape[1]
+
     def likelihoods(self, model: PreTrainedModel) -> dict[str, float]:
         """Negative log-likelihood per token by corpus, in nats."""
         return {
@@ -97,7 +102,10 @@ def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def read_subject(name: str, options: argparse.Namespace) -> Subject:
-    """A model with a tokenizer and the three corpora; one without, and text that it writes itself."""
+    """A model with a tokenizer and the three corpora; one without, and text that it writes itself.
+
+    Windows are as long as the model takes, at most :data:`LENGTH` tokens.
+    """
     folder = BUNDLED / name if (BUNDLED / name).exists() else options.models_dir / name
     folder = folder / "hf_converted" if (folder / "hf_converted").exists() else folder
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -110,15 +118,15 @@ def read_subject(name: str, options: argparse.Namespace) -> Subject:
             return calibration
 
         return Subject(name, folder, model, {CORPUS: evaluation[: options.max_windows]}, write)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer, length = AutoTokenizer.from_pretrained(folder), min(LENGTH, model.config.max_position_embeddings)
     texts = {
-        corpus: evaluation_windows(source, tokenizer, length=LENGTH, data_dir=options.data_dir)[: options.max_windows]
+        corpus: evaluation_windows(source, tokenizer, length=length, data_dir=options.data_dir)[: options.max_windows]
         for corpus, source in CORPORA.items()
     }
 
     def draw(seed: int) -> Tensor:
         samples, source = options.sample_batch_size, CORPORA["wikitext2"]
-        return calibration_windows(source, tokenizer, length=LENGTH, size=samples, seed=seed, data_dir=options.data_dir)
+        return calibration_windows(source, tokenizer, length=length, size=samples, seed=seed, data_dir=options.data_dir)
 
     return Subject(name, folder, model, texts, draw)
 

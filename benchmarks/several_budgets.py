@@ -25,7 +25,7 @@ def run(arguments: list[str], mus: list[float]) -> tuple[float, float, dict[str,
         command = [sys.executable, "prune_bert.py", *arguments, "--mu", *budgets, "--output_dir", folder]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         wall = perf_counter() - start
-        (report,) = Path(folder).rglob("*.jsonl")
+        (report,) = Path(folder).glob("*/*.jsonl")  # what lies deeper is for --resume
         records: list[dict[str, Any]] = [json.loads(line) for line in report.read_text().splitlines()]
     *pruned, dense = (record["seconds"] for record in records)
     evaluation = dense["evaluation"] + sum(seconds["evaluation"] - dense["evaluation"] for seconds in pruned)

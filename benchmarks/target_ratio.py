@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.encoders import Case, read_encoder
-from benchmarks.quantization import BATCH, LENGTH, read_subject
+from benchmarks.quantization import BATCH, read_subject
 from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import quiet_libraries, say
@@ -54,7 +54,7 @@ def read_decoder(options: argparse.Namespace, seed: int) -> Case:
     """A language model and the three corpora."""
     subject = read_subject(options.model_name, options)
     batches = as_batches(subject.calibrate(seed), BATCH)
-    return Case(subject.model, folder_bytes(subject.folder), batches, LENGTH, subject.judge)
+    return Case(subject.model, folder_bytes(subject.folder), batches, subject.length, subject.judge)
 
 
 def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:

@@ -119,7 +119,7 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         return console.main(words[1:])
     if words[0] == "torchrun":
         line = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": f"{_hub_of_others()}:{ROOT}", "OMP_NUM_THREADS": "1"}
         return subprocess.run(line, env=environment, check=False).returncode
     assert words[0] == "python", f"no way is known to run {words}"
     if words[2] in TOO_LARGE:
@@ -134,6 +134,20 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         rest = words[2:]
     monkeypatch.setattr(sys, "argv", [words[1], *rest])
     return int(module.main() or 0)
+
+
+def _hub_of_others() -> Path:
+    """A folder that puts the data of this test in the hub's place in processes that have it on their path."""
+    folder = Path("hub_of_others")
+    folder.mkdir(exist_ok=True)
+    lines = (
+        "import datasets",
+        "from pathlib import Path",
+        "from tests.world import hub",
+        f"datasets.load_dataset = hub(Path({str(Path('data').resolve())!r}))",
+    )
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    return folder.resolve()
 
 
 def _knows_flags(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:

@@ -45,7 +45,8 @@ class TestScheme:
         assert (scheme.groups(40), scheme.group_of(40).tolist()) == (3, [0] * 16 + [1] * 16 + [2] * 8)
 
     @pytest.mark.parametrize(
-        ("inputs", "size", "fitting"), [(256, 128, 128), (160, 128, 32), (176, 128, 16), (331, 128, 128), (99, -1, -1)]
+        ("inputs", "size", "fitting"),
+        [(256, 128, 128), (160, 128, 32), (176, 128, 16), (331, 128, 128), (99, -1, -1), (32, 128, 32), (99, 128, 99)],
     )
     def test_a_group_that_divides(self, inputs: int, size: int, fitting: int) -> None:
         assert Scheme(4, size).fitting(inputs).group_size == fitting

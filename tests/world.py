@@ -75,8 +75,11 @@ def encoder(folder: Path, task: str) -> None:
 
 def decoder(folder: Path, family: str) -> None:
     """A tiny language model and its tokenizer."""
-    wide = {"hidden_size": 256} if family == "llama" else {}  # heads of 64, so that groups of 64 divide every layer
-    build_model(family, **{**_SIZES, **wide}, max_position_embeddings=160).save_pretrained(folder)
+    own = {
+        "llama": {"hidden_size": 256},  # heads of 64, so that groups of 64 divide every layer
+        "opt": {"word_embed_proj_dim": _SIZES["hidden_size"]},
+    }
+    build_model(family, **{**_SIZES, **own[family]}, max_position_embeddings=160).save_pretrained(folder)
     _tokenizer(128).save_pretrained(folder)
 
 

@@ -62,14 +62,15 @@ class Scheme:
         return torch.arange(inputs, device=device) // self.width(inputs)
 
     def fitting(self, inputs: int) -> "Scheme":
-        """The same with a group that divides the inputs of one layer, if halving it (down to 16) leads to one.
+        """The same with a group that divides the inputs of one layer.
 
+        That is all of them, where they are fewer; else half of the group, a quarter, ... (down to 16), if one divides.
         Formats hold whole groups only, and pruned layers have widths of their own.
         """
         size = self.width(inputs)
         while inputs % size and size % 2 == 0 and size > 16:
             size //= 2
-        return self if inputs % size else replace(self, group_size=self.group_size if size == inputs else size)
+        return self if inputs % size or self.group_size == WHOLE_ROW else replace(self, group_size=size)
 
     def stored_bits(self, outputs: int, inputs: int, scale_bits: int = 16) -> int:
         """What codes, scales and zero points of a weight take in a file."""
