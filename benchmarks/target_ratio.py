@@ -81,7 +81,7 @@ def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
         began, allowed = perf_counter(), int(ratio * case.bytes)
         try:
             if name == CHOSEN:
-                made = compressor.carry_out(compressor.plan(allowed))
+                made = compressor.best(compressor.plans(allowed))
                 model, found, pruned = made.model, made.quantized, made.pruned
             else:
                 model, found, pruned = by_hand(compressor, name, allowed, options.search_seconds)
@@ -109,7 +109,7 @@ def by_hand(
         BudgetError: There is none.
     """
     shrinker, limits = compressor.shrinker, compressor.limits
-    options, bits = compressor.search.options, int(point.split(maxsplit=1)[0])
+    options, bits = compressor.searches[0].options, int(point.split(maxsplit=1)[0])
     also = tuple(kind for kind in OUTSIDE if kind != POSITIONS or point.endswith(WITH_POSITIONS))
     outside = {name for kind in also for name in outside_layers(shrinker.model, kind)}
     also = tuple(kind for kind in also if outside_layers(shrinker.model, kind))

@@ -50,7 +50,7 @@ class TestBytes:
     @pytest.mark.parametrize("ratio", [0.6, 0.3])
     def test_the_file_is_what_was_counted_and_no_more(self, learnt: Compressor, ratio: float, tmp_path: Path) -> None:
         allowed = int(ratio * checkpoint_bytes(learnt.shrinker.model))
-        mixture = learnt.plan(allowed)
+        mixture = learnt.plans(allowed)[0]
         size = folder_bytes(written(learnt, mixture, tmp_path / "small"))
         assert size <= mixture.bytes <= allowed
         names = 12 * len(list(learnt.shrinker.model.parameters()))
@@ -75,7 +75,7 @@ class TestBytes:
 
 class TestSearch:
     def test_no_other_plan_that_fits_promises_less_damage(self, learnt: Compressor) -> None:
-        options, generator = learnt.search.options, np.random.default_rng(0)
+        options, generator = learnt.searches[0].options, np.random.default_rng(0)
         groups = [frontier(list(options.of(part))) for part in options.parts]
         for _ in range(3):
             some = [[group[index] for index in generator.integers(len(group), size=500)] for group in groups]
@@ -88,15 +88,15 @@ class TestSearch:
 
     def test_more_bytes_do_less_damage(self, learnt: Compressor) -> None:
         dense = checkpoint_bytes(learnt.shrinker.model)
-        damages = [learnt.plan(int(ratio * dense)).damage for ratio in (0.8, 0.4, 0.25)]
+        damages = [learnt.plans(int(ratio * dense))[0].damage for ratio in (0.8, 0.4, 0.25)]
         assert damages == sorted(damages)
 
     def test_improvement_helps_and_is_the_same_twice(self) -> None:
         model = build_model("opt", num_hidden_layers=1)
         found = learn_bytes(model, BATCHES, CONFIG, LIMITS, ShrinkConfig(search_seconds=0))
-        options, damage, allowed = found.search.options, found.shrinker.damage, int(0.5 * checkpoint_bytes(model))
+        options, damage, allowed = found.searches[0].options, found.shrinker.damage, int(0.5 * checkpoint_bytes(model))
         better, again = (ByteSearch(options, damage, seconds=60.0).run(allowed) for _ in range(2))
-        assert better.damage <= found.plan(allowed).damage
+        assert better.damage <= found.plans(allowed)[0].damage
         assert better.choices == again.choices
         assert better.bytes <= allowed
 
@@ -105,7 +105,7 @@ class TestSearch:
         before = copy.deepcopy(model.state_dict())
         random = torch.random.get_rng_state()
         found = learn_bytes(model, BATCHES, CONFIG, LIMITS, ShrinkConfig(search_seconds=1))
-        found.carry_out(found.plan(int(0.5 * checkpoint_bytes(model))))
+        found.best(found.plans(int(0.5 * checkpoint_bytes(model))))
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
         assert torch.equal(random, torch.random.get_rng_state())
 
@@ -115,8 +115,7 @@ class TestTempering:
         drafts, level = Drafts(learnt.shrinker, learnt.costs, CONFIG), learnt.shrinker.levels[0]
         state = {name: Choice(one.units, (2, 4)) for name, one in untouched(level.view).items()}
         dense, coarse = state_of(level.view.block), state_of(drafts.block(0, state))
-        drafts.temper({2: 0.0, 3: 0.5})
-        tempered = state_of(drafts.block(0, state))
+        tempered = state_of(drafts.tempered({2: 0.0, 3: 0.5}).block(0, state))
         attention = level.view.architecture.attention
         assert torch.equal(tempered[f"{attention.query}.weight"], dense[f"{attention.query}.weight"])
         name = f"{attention.output}.weight"  # in 4 bits, of which the errors are those of 3
@@ -131,6 +130,13 @@ class TestTempering:
         assert left[2] < 1
         assert left == errors_left(learnt.shrinker, drafts, learnt.costs, CONFIG)
         assert torch.equal(random, torch.random.get_rng_state())
+
+    def test_the_plan_that_is_better_on_examples_set_aside_is_taken(self, learnt: Compressor) -> None:
+        mixtures = [learnt.plans(int(ratio * checkpoint_bytes(learnt.shrinker.model)))[0] for ratio in (0.3, 0.7)]
+        each = [learnt.shrinker.judge.of(learnt.carry_out(mixture).model) for mixture in mixtures]
+        best = learnt.best(mixtures)
+        assert learnt.shrinker.judge.of(best.model) == min(each) < max(each)
+        assert best.quantized.seconds["safety"] > 0
 
     def test_nothing_that_groups_divide_is_nothing_to_temper(self) -> None:
         model = build_model("bert", hidden_size=36, intermediate_size=60)
@@ -147,7 +153,7 @@ class TestLimits:
     def test_too_few_bytes(self, learnt: Compressor) -> None:
         dense = checkpoint_bytes(learnt.shrinker.model)
         with pytest.raises(BudgetError, match=r"--target_ratio: .* bytes are fewer than"):
-            learnt.plan(int(0.01 * dense))
+            learnt.plans(int(0.01 * dense))
         with pytest.raises(BudgetError, match=r"--target_ratio 0.01: the smallest model takes 0\."):
             require_bytes(learnt.shrinker.model, CONFIG, LIMITS, 0.01, dense)
         require_bytes(learnt.shrinker.model, CONFIG, LIMITS, 0.5, dense)

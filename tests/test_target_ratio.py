@@ -1,6 +1,7 @@
 """``--target_ratio`` through the commands: bytes on disk, reports, loading again, bad input."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -84,12 +85,12 @@ class _Uncounted:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def plan(self, allowed: int) -> Mixture:
+    def plans(self, allowed: int) -> list[Mixture]:
         self.asked.append(allowed)
-        return Mixture({}, 0.0, allowed)
+        return [Mixture({}, 0.0, allowed)]
 
-    def carry_out(self, mixture: Mixture) -> Compressed:
-        return Compressed(cast("Any", mixture.bytes + 100), Quantized({}, [], QuantizeConfig()), None)
+    def best(self, mixtures: Sequence[Mixture]) -> Compressed:
+        return Compressed(cast("Any", mixtures[0].bytes + 100), Quantized({}, [], QuantizeConfig()), None)
 
 
 def test_a_file_that_is_too_large_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

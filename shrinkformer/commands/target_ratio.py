@@ -99,9 +99,10 @@ def _within(
     spare = 0
     for _ in range(_ATTEMPTS):
         with timed(seconds, "allocation"):
-            mixture = compressor.plan(allowed - spare)
-        session.job.say(f"pruning and quantizing to {mixture.bytes / 1e6:,.2f} MB")
-        found = compressor.carry_out(mixture)
+            mixtures = compressor.plans(allowed - spare)
+        sizes = " or ".join(f"{mixture.bytes / 1e6:,.2f}" for mixture in mixtures)
+        session.job.say(f"pruning and quantizing to {sizes} MB")
+        found = compressor.best(mixtures)
         seconds |= found.quantized.seconds
         if found.pruned is not None:
             seconds |= found.pruned.seconds

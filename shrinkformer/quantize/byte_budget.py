@@ -1,7 +1,9 @@
 """Prune and quantize a model so that its checkpoint takes a given number of bytes."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from time import perf_counter
 
 from transformers import PreTrainedModel
 
@@ -50,11 +52,11 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Compressor:
-    """A model with everything that was learnt about it; :meth:`plan` takes any number of bytes.
+    """A model with everything that was learnt about it; :meth:`plans` takes any number of bytes.
 
     Attributes:
         shrinker: Prunes it.
-        search: Chooses widths and bits.
+        searches: Choose widths and bits, one believing all rounding errors of drafts, one what care leaves of them.
         costs: Bytes.
         config: Groups, kind of grid, quantizer and type of the scales.
         limits: What every block must keep, and the length at which MACs are counted.
@@ -63,20 +65,39 @@ class Compressor:
     """
 
     shrinker: Shrinker
-    search: ByteSearch
+    searches: Sequence[ByteSearch]
     costs: ByteCosts
     config: QuantizeConfig
     limits: Budget
     progress: Progress = iter
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def plan(self, allowed: int) -> Mixture:
-        """Widths and bits for a number of bytes.
+    def plans(self, allowed: int) -> list[Mixture]:
+        """Widths and bits for a number of bytes, of each search that found others.
 
         Raises:
             BudgetError: Nothing is small enough.
         """
-        return self.search.run(allowed)
+        found: list[Mixture] = []
+        for search in self.searches:
+            mixture = search.run(allowed)
+            if all(mixture.choices != other.choices for other in found):
+                found.append(mixture)
+        return found
+
+    def best(self, mixtures: Sequence[Mixture]) -> Compressed:
+        """The one that is nearest to the dense model on examples set aside, of some plans that are carried out."""
+        began = perf_counter()
+        made = [self.carry_out(mixture) for mixture in mixtures]
+        if len(made) == 1:
+            return made[0]
+        divergences = [self.shrinker.judge.of(one.model) for one in made]
+        shown = ", ".join(f"{value:.5f}" for value in divergences)
+        self.shrinker.config.say(f"divergence on examples set aside: {shown}")
+        best = made[min(range(len(made)), key=divergences.__getitem__)]
+        steps = [best.quantized.seconds, {} if best.pruned is None else best.pruned.seconds]
+        best.quantized.seconds["safety"] = perf_counter() - began - sum(sum(each.values()) for each in steps)
+        return best
 
     def prune(self, mixture: Mixture) -> Pruned | None:
         """The model in the sizes of a plan, refitted; None where every block keeps its size."""
@@ -167,12 +188,18 @@ def _learn_bytes(
     seconds, costs = dict(shrinker.seconds), ByteCosts(model, config)
     with timed(seconds, "selection"):
         drafts = Drafts(shrinker, costs, config)
-        drafts.temper(errors_left(shrinker, drafts, costs, config, progress))
-        options = ByteOptions(shrinker, drafts, costs, limits)
-        search = ByteSearch(
-            options, shrinker.damage, seconds=shrink.search_seconds, say=shrink.say, workers=resources.workers
-        )
-    return Compressor(shrinker, search, costs, config, limits, progress, seconds)
+        beliefs = [{}, errors_left(shrinker, drafts, costs, config, progress)]
+        searches = [
+            ByteSearch(
+                ByteOptions(shrinker, drafts.tempered(left), costs, limits),
+                shrinker.damage,
+                seconds=shrink.search_seconds / len(beliefs),
+                say=shrink.say,
+                workers=resources.workers,
+            )
+            for left in beliefs
+        ]
+    return Compressor(shrinker, searches, costs, config, limits, progress, seconds)
 
 
 def require_bytes(model: PreTrainedModel, config: QuantizeConfig, limits: Budget, ratio: float, dense: int) -> None:

@@ -2,9 +2,10 @@
 
 A draft knows only what its layers see in the dense model, and rounds once with look-ahead; nothing makes up for errors
 of other layers. What is chosen in the end is pruned and quantized with all care, which takes more off an error of
-rounding than off one of pruning. So drafts may hold rounding errors in part, see :meth:`Drafts.temper`.
+rounding than off one of pruning. So drafts may hold rounding errors in part, see :meth:`Drafts.tempered`.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,14 +80,16 @@ class Drafts:
         self._hessian: tuple[object, Hessian] | None = None
         self._left: Mapping[int, float] = {}
 
-    def temper(self, left: Mapping[int, float]) -> None:
-        """Let rounding errors in blocks be smaller than rounding once makes them.
+    def tempered(self, left: Mapping[int, float]) -> "Drafts":
+        """The same with rounding errors in blocks that are smaller than rounding once makes them.
 
         Args:
             left: Size of what careful quantizing leaves of the errors of so many bits; of others that of the next
                 fewer.
         """
-        self._left = left
+        other = copy.copy(self)  # what was made is shared
+        other._left = left
+        return other
 
     @torch.no_grad()
     def block(self, index: int, choices: Mapping[str, Choice]) -> nn.Module:
