@@ -123,12 +123,12 @@ class TestTempering:
         assert torch.allclose(tempered[name], (dense[name] + coarse[name]) / 2, atol=1e-6)
 
     def test_they_are_measured(self, learnt: Compressor) -> None:
-        drafts, random = Drafts(learnt.shrinker, learnt.costs, CONFIG), torch.random.get_rng_state()
-        left = errors_left(learnt.shrinker, drafts, learnt.costs, CONFIG)
+        options, random = learnt.searches[0].options, torch.random.get_rng_state()
+        left = errors_left(learnt.shrinker, options, learnt.costs, CONFIG)
         assert left.keys() == {2, 3}
         assert all(0 < share <= 1 for share in left.values())
         assert left[2] < 1
-        assert left == errors_left(learnt.shrinker, drafts, learnt.costs, CONFIG)
+        assert left == errors_left(learnt.shrinker, options, learnt.costs, CONFIG)
         assert torch.equal(random, torch.random.get_rng_state())
 
     def test_the_plan_that_is_better_on_examples_set_aside_is_taken(self, learnt: Compressor) -> None:
@@ -141,8 +141,8 @@ class TestTempering:
     def test_nothing_that_groups_divide_is_nothing_to_temper(self) -> None:
         model = build_model("bert", hidden_size=36, intermediate_size=60)
         learnt = learn_bytes(model, BATCHES, replace(CONFIG, group_size=16), LIMITS, ShrinkConfig(search_seconds=0))
-        drafts = Drafts(learnt.shrinker, learnt.costs, learnt.config)
-        assert errors_left(learnt.shrinker, drafts, learnt.costs, learnt.config) == {2: 1.0, 3: 1.0}
+        options = learnt.searches[0].options
+        assert errors_left(learnt.shrinker, options, learnt.costs, learnt.config) == {2: 1.0, 3: 1.0}
 
 
 def state_of(block: torch.nn.Module) -> dict[str, torch.Tensor]:

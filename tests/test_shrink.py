@@ -120,8 +120,10 @@ class TestProjections:
         second = z.T @ z
         basis = value_basis(second, weight)
         assert basis.shape == (8, 8)
-        new = fold_projected(second, Projected(torch.arange(8), [basis]), weight)
-        assert torch.allclose(z @ basis @ new, z @ weight, atol=1e-6 * float((z @ weight).abs().max()))
+        leading = basis[:, :5]  # as many as there are outputs
+        for some, bound in ((leading, 1e-6), (basis, 2e-5)):  # damping costs a share of 1e-8 for every direction
+            new = fold_projected(second, Projected(torch.arange(8), [some]), weight)
+            assert torch.allclose(z @ some @ new, z @ weight, atol=bound)
 
     def test_values_keep_the_best_subspace(self) -> None:
         """No projection of a rank has less error than the truncated decomposition of the output (Eckart, Young)."""

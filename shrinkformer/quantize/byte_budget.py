@@ -26,13 +26,13 @@ from shrinkformer.quantize.byte_costs import (
     ByteCosts,
     require_packable,
 )
-from shrinkformer.quantize.byte_options import ByteOptions, Part
+from shrinkformer.quantize.byte_options import ByteOptions, Part, bits_by_name
 from shrinkformer.quantize.byte_search import ByteSearch, Mixture
 from shrinkformer.quantize.config import QuantizeConfig, Quantized
 from shrinkformer.quantize.drafts import Drafts
 from shrinkformer.quantize.outside import outside_layers
 from shrinkformer.quantize.quantizer import quantize_
-from shrinkformer.quantize.tempering import bits_by_name, errors_left
+from shrinkformer.quantize.tempering import errors_left
 
 
 @dataclass(frozen=True)
@@ -187,17 +187,17 @@ def _learn_bytes(
     shrinker = learn(model, batches, shrink, seed=seed, progress=progress, resources=resources)
     seconds, costs = dict(shrinker.seconds), ByteCosts(model, config)
     with timed(seconds, "selection"):
-        drafts = Drafts(shrinker, costs, config)
-        beliefs = [{}, errors_left(shrinker, drafts, costs, config, progress)]
+        options = ByteOptions(shrinker, Drafts(shrinker, costs, config), costs, limits)
+        tempered = options.tempered(errors_left(shrinker, options, costs, config, progress))
         searches = [
             ByteSearch(
-                ByteOptions(shrinker, drafts.tempered(left), costs, limits),
+                some,
                 shrinker.damage,
-                seconds=shrink.search_seconds / len(beliefs),
+                seconds=shrink.search_seconds / 2,
                 say=shrink.say,
                 workers=resources.workers,
             )
-            for left in beliefs
+            for some in (options, tempered)
         ]
     return Compressor(shrinker, searches, costs, config, limits, progress, seconds)
 

@@ -4,8 +4,9 @@ Damage is measured with one thing changed and all else as in the dense model; th
 the sum.
 """
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -37,6 +38,9 @@ class Part:
 State = dict[Part, Choice]
 """A choice for each part; outside the blocks the first of its bits counts."""
 
+_Coarse = dict[tuple[Part, int, int], float]
+"""Damage by part, place in it, and bits."""
+
 
 class ByteOptions:
     """What can be chosen, and how it is tried.
@@ -56,7 +60,14 @@ class ByteOptions:
         self._drafts, self._costs, self._limits = drafts, costs, limits
         self.parts = [Part(level.view.index, sublayer) for level in self._levels for sublayer in SUBLAYERS]
         self.parts += [Part(names=names) for names in costs.outside]
-        self._coarse = self._measure()
+        self._coarse = self._measure({})
+
+    def tempered(self, left: Mapping[int, float]) -> "ByteOptions":
+        """The same with drafts that hold rounding errors in blocks in part, see :meth:`Drafts.tempered`."""
+        other = copy.copy(self)
+        other._drafts = self._drafts.tempered(left)
+        other._coarse = other._measure({key: damage for key, damage in self._coarse.items() if key[0].names})
+        return other
 
     def of(self, part: Part, stress: float = 1.0) -> Iterator[Option[Choice]]:
         """All choices for a part that a file can hold.
@@ -119,11 +130,13 @@ class ByteOptions:
     def _dense(self) -> Sequence[nn.Module]:
         return [level.view.block for level in self._levels]
 
-    def _measure(self) -> dict[tuple[Part, int, int], float]:
-        """Damage of every layer in few bits, all else as it is: by part, place in it, and bits."""
-        found = {}
+    def _measure(self, known: _Coarse) -> _Coarse:
+        """Damage of every layer in few bits, all else as it is, where it is not known."""
+        found = dict(known)
         for part in self.parts:
             for place, bits in product((0,) if part.names else (0, 1), _MEASURED):
+                if (part, place, bits) in known:
+                    continue
                 choice = self._coarser(part, place, bits)
                 if self.cost(part, choice) is not None:
                     found[part, place, bits] = self._alone(part, choice)
@@ -159,3 +172,16 @@ class ByteOptions:
         if bits in _MEASURED:
             return self._coarse.get((part, place, bits), math.inf)
         return self._coarse.get((part, place, _MEASURED[0]), math.inf) * _FINER
+
+
+def bits_by_name(costs: ByteCosts, choices: State) -> dict[str, int]:
+    """Bits of every layer that a state quantizes, by its name."""
+    bits_of: dict[str, int] = {}
+    for part, choice in choices.items():
+        if part.names:
+            named = {part.names: choice.bits[0]}
+        else:
+            sites = costs.sites(part.sublayer)
+            named = {tuple(costs.names(part.index, site)): bits for site, bits in zip(sites, choice.bits, strict=True)}
+        bits_of |= {name: bits for names, bits in named.items() for name in names if bits != FLOAT}
+    return bits_of

@@ -11,10 +11,10 @@ from shrinkformer.errors import ShrinkformerWarning
 from shrinkformer.prune.shrink import Shrinker
 from shrinkformer.prune.statistics import Progress
 from shrinkformer.prune.surgery import with_blocks
-from shrinkformer.quantize.byte_costs import FLOAT, SUBLAYERS, ByteCosts
-from shrinkformer.quantize.byte_options import Part, State
+from shrinkformer.quantize.byte_costs import ByteCosts
+from shrinkformer.quantize.byte_options import ByteOptions, Part, State, bits_by_name
 from shrinkformer.quantize.config import QuantizeConfig
-from shrinkformer.quantize.drafts import Drafts, untouched
+from shrinkformer.quantize.drafts import untouched
 from shrinkformer.quantize.quantizer import quantize_
 
 _MEASURED = (2, 3)
@@ -22,7 +22,7 @@ _MEASURED = (2, 3)
 
 
 def errors_left(
-    shrinker: Shrinker, drafts: Drafts, costs: ByteCosts, config: QuantizeConfig, progress: Progress = iter
+    shrinker: Shrinker, options: ByteOptions, costs: ByteCosts, config: QuantizeConfig, progress: Progress = iter
 ) -> dict[int, float]:
     """Size of the errors that careful quantizing leaves, beside those of drafts, by bits.
 
@@ -31,7 +31,7 @@ def errors_left(
 
     Args:
         shrinker: The dense model, and the examples.
-        drafts: Not tempered yet.
+        options: With drafts that are not tempered.
         costs: Of the same model.
         config: Groups, kind of grid, quantizer and type of the scales.
         progress: Wraps loops over the blocks.
@@ -39,27 +39,13 @@ def errors_left(
     found = {}
     for bits in _MEASURED:
         state = _all_in(shrinker, costs, bits)
-        of_drafts, of_careful = (
-            shrinker.judge.of(model)
-            for model in (_drafted(shrinker, drafts, state), _quantized(shrinker, costs, config, state, progress))
-        )
+        drafted = with_blocks(shrinker.model, options.build(state), shrinker.model.config)
+        of_drafts = shrinker.judge.of(drafted)
+        of_careful = shrinker.judge.of(_quantized(shrinker, costs, config, state, progress))
         # Tiny damage may come out as anything, and nothing is to look better than it would with all errors gone.
         found[bits] = math.sqrt(min(1.0, max(of_careful, 0.0) / of_drafts)) if of_drafts > 0 else 1.0
         shrinker.config.say(f"{bits} bits: divergence {of_careful:.5f} with care, {of_drafts:.5f} of drafts")
     return found
-
-
-def bits_by_name(costs: ByteCosts, choices: State) -> dict[str, int]:
-    """Bits of every layer that a state quantizes, by its name."""
-    bits_of: dict[str, int] = {}
-    for part, choice in choices.items():
-        if part.names:
-            named = {part.names: choice.bits[0]}
-        else:
-            sites = costs.sites(part.sublayer)
-            named = {tuple(costs.names(part.index, site)): bits for site, bits in zip(sites, choice.bits, strict=True)}
-        bits_of |= {name: bits for names, bits in named.items() for name in names if bits != FLOAT}
-    return bits_of
 
 
 def _all_in(shrinker: Shrinker, costs: ByteCosts, bits: int) -> State:
@@ -70,12 +56,6 @@ def _all_in(shrinker: Shrinker, costs: ByteCosts, bits: int) -> State:
             fits = costs.sublayer(level.view.index, sublayer, choice.units, (bits, bits)) is not None
             state[Part(level.view.index, sublayer)] = replace(choice, bits=(bits, bits)) if fits else choice
     return state
-
-
-def _drafted(shrinker: Shrinker, drafts: Drafts, state: State) -> PreTrainedModel:
-    indices = [level.view.index for level in shrinker.levels]
-    blocks = [drafts.block(index, {name: state[Part(index, name)] for name in SUBLAYERS}) for index in indices]
-    return with_blocks(shrinker.model, blocks, shrinker.model.config)
 
 
 def _quantized(
