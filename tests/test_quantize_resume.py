@@ -26,7 +26,7 @@ def test_resuming_ends_bit_by_bit_as_without_a_break(family: str, quantizer: str
     expected = quantize_(whole, BATCHES, config)
 
     broken = copy.deepcopy(dense)
-    store = QuantizedBlocks(tmp_path, "key", resume=False)
+    store = QuantizedBlocks(tmp_path, "key")
     write = store.write
 
     def write_then_fail(block: int, layers: Any) -> None:
@@ -38,7 +38,7 @@ def test_resuming_ends_bit_by_bit_as_without_a_break(family: str, quantizer: str
     with pytest.raises(KeyboardInterrupt):
         quantize_(broken, BATCHES, config, store=store)
 
-    written, store = [], QuantizedBlocks(tmp_path, "key", resume=True)
+    written, store = [], QuantizedBlocks(tmp_path, "key")
     write = store.write
     store.write = lambda block, layers: (written.append(block), write(block, layers))[1]  # type: ignore[method-assign]
     again = copy.deepcopy(dense)
@@ -57,6 +57,6 @@ def test_resuming_ends_bit_by_bit_as_without_a_break(family: str, quantizer: str
 
 def test_other_options_are_refused(tmp_path: Path) -> None:
     model = build_model("opt")
-    quantize_(model, BATCHES, QuantizeConfig(4, 16), store=QuantizedBlocks(tmp_path, "4 bits", resume=False))
+    quantize_(model, BATCHES, QuantizeConfig(4, 16), store=QuantizedBlocks(tmp_path, "4 bits"))
     with pytest.raises(InputError, match=r"--resume: .* other weights, calibration examples or options"):
-        QuantizedBlocks(tmp_path, "3 bits", resume=True)
+        QuantizedBlocks(tmp_path, "3 bits")

@@ -24,14 +24,12 @@ def test_resuming_gives_the_same_plan_and_repeats_only_one_block(batches: list[d
 
     broken = layer_views(model)[2].feed_forward_output.module.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        calibrate(
-            model, batches, resources=Resources(store=BlockStore(tmp_path, key, resume=False)), method="stat-bias"
-        )
+        calibrate(model, batches, resources=Resources(store=BlockStore(tmp_path, key)), method="stat-bias")
     broken.remove()
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["block0000.safetensors", "block0001.safetensors"]
 
     written = []
-    store = BlockStore(tmp_path, key, resume=True)
+    store = BlockStore(tmp_path, key)
     write = store.write
     store.write = lambda block, moments: (written.append(block), write(block, moments))[1]  # type: ignore[method-assign]
     assert (
@@ -43,7 +41,7 @@ def test_resuming_gives_the_same_plan_and_repeats_only_one_block(batches: list[d
 
 def test_other_weights_or_examples_are_refused(batches: list[dict[str, Any]], tmp_path: Path) -> None:
     model = build_model()
-    store = BlockStore(tmp_path, fingerprint(model) + examples_digest(batches), resume=False)
+    store = BlockStore(tmp_path, fingerprint(model) + examples_digest(batches))
     calibrate(model, batches, resources=Resources(store=store), method="stat-bias")
     others = [
         fingerprint(build_model(seed=1)) + examples_digest(batches),
@@ -51,15 +49,15 @@ def test_other_weights_or_examples_are_refused(batches: list[dict[str, Any]], tm
     ]
     for key in others:
         with pytest.raises(InputError, match=r"--resume: .* other weights, calibration examples or options"):
-            BlockStore(tmp_path, key, resume=True)
-    BlockStore(tmp_path, others[0], resume=False)  # starting anew is always allowed
-    assert not tmp_path.exists()
+            BlockStore(tmp_path, key)
+    store.clear()
+    BlockStore(tmp_path, others[0])  # where nothing is left, anything may begin
 
 
 def test_a_torn_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "block0000.safetensors").write_bytes(b"half a fi")
     with pytest.raises(InputError, match="--resume"):
-        BlockStore(tmp_path, "key", resume=True)
+        BlockStore(tmp_path, "key")
 
 
 KILLED = """
@@ -71,7 +69,7 @@ from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.resume import BlockStore, examples_digest, fingerprint
 from tests.conftest import build_model, make_batches
 model, batches = build_model(), make_batches([5, 9, 7], batch_size=3)
-store = BlockStore(Path(sys.argv[1]), fingerprint(model) + examples_digest(batches), resume=False)
+store = BlockStore(Path(sys.argv[1]), fingerprint(model) + examples_digest(batches))
 write = store.write
 def write_then_die(block, moments):
     write(block, moments)
@@ -86,7 +84,7 @@ def test_a_killed_process_leaves_whole_blocks(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED.format(root=str(ROOT)), str(tmp_path)], check=False)
     assert done.returncode == -signal.SIGKILL
     model, batches = build_model(), make_batches([5, 9, 7], batch_size=3)
-    store = BlockStore(tmp_path, fingerprint(model) + examples_digest(batches), resume=True)
+    store = BlockStore(tmp_path, fingerprint(model) + examples_digest(batches))
     assert [store.read(block, model.device) is not None for block in range(3)] == [True, True, False]
     assert (
         calibrate(model, batches, resources=Resources(store=store), method="stat-bias").prune(Budget(0.5, 9)).plan.ratio

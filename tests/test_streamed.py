@@ -291,7 +291,7 @@ class TestPython:
         shrinkformer.save(expected.model, tmp_path / "expected", plan=expected.plan)
 
         lazy, weights = load_lazily(AutoModelForCausalLM, str(tmp_path / "dense"), dtype=torch.float32)
-        store = BlockStore(tmp_path / "store", fingerprint(lazy) + examples_digest(batches), resume=False)
+        store = BlockStore(tmp_path / "store", fingerprint(lazy) + examples_digest(batches))
         resources = Resources(weights, Offload(tmp_path / "spill", limit=0), store, ALONE)
         calibrated = calibrate(lazy, batches, resources=resources, method="stat-bias")
         assert calibrated.statistics is not None
@@ -335,7 +335,7 @@ class TestStream:
         windows = torch.randint(5, 45, (9, 20), generator=torch.Generator().manual_seed(0))
         expected = evaluate_perplexity(model, windows, batch_size=4)
         lazy, weights = load_lazily(AutoModelForCausalLM, str(tmp_path / "dense"), dtype=torch.float32)
-        store = BlockStore(tmp_path / "store", "", resume=False)
+        store = BlockStore(tmp_path / "store", "")
         resources = Resources(weights, Offload(tmp_path / "spill", limit=10_000), store)
         found = stream_perplexity(lazy, windows, resources, batch_size=2)
         assert (found.windows, found.tokens) == (9, 9 * 19)

@@ -65,7 +65,7 @@ class Ledger:
     @property
     def moments(self) -> BlockStore | None:
         """The second moments of finished blocks."""
-        return None if self.data is None else BlockStore(self.data / "moments", self.key, resume=True)
+        return None if self.data is None else BlockStore(self.data / "moments", self.key)
 
     def blocks(self, budget: Budget, model: str) -> WeightFiles | None:
         """The weights of finished blocks of one of the models that are made for a budget."""
@@ -84,7 +84,7 @@ class Ledger:
             InputError: What is there depends on something else.
         """
         folder = self._of(budget)
-        return None if folder is None else kind(folder / _as_file_name(name), self.key + asked, resume=True)
+        return None if folder is None else kind(folder / _as_file_name(name), self.key + asked)
 
     def forget(self, budget: Budget) -> None:
         """Delete the blocks of a budget whose result is saved."""

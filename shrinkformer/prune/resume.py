@@ -50,22 +50,19 @@ def _add(digest: "hashlib.blake2b", name: str, tensor: Tensor) -> None:
 
 
 class BlockFiles:
-    """What is known about finished blocks, one file each.
+    """What is known about finished blocks, one file each; what is there already is taken up.
 
     Args:
         folder: Where the files are.
         key: Fingerprint of what they were computed from.
-        resume: Take up what is there; otherwise it is deleted.
 
     Raises:
         InputError: What is there was computed from something else.
     """
 
-    def __init__(self, folder: Path, key: str, *, resume: bool) -> None:
+    def __init__(self, folder: Path, key: str) -> None:
         self._folder = folder
         self._key = key
-        if not resume:
-            self.clear()
         for file in sorted(folder.glob("block*.safetensors")):
             if _read_key(file) != key:
                 raise InputError(
