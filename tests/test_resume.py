@@ -51,6 +51,7 @@ def test_other_weights_or_examples_are_refused(batches: list[dict[str, Any]], tm
         with pytest.raises(InputError, match=r"--resume: .* other weights, calibration examples or options"):
             BlockStore(tmp_path, key)
     store.clear()
+    assert not tmp_path.exists()
     BlockStore(tmp_path, others[0])  # where nothing is left, anything may begin
 
 
