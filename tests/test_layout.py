@@ -104,7 +104,7 @@ def test_no_part_is_imported_by_its_short_name(path):
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_files_are_short(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    limit = 450 if ROOT / "tests" in path.parents else 320  # lists of cases may be longer than code
+    limit = 500  # 300 is usual; a file reads as one thing
     assert lines < limit, f"{name_of(path)} has {lines} lines, the limit is {limit}"
 
 
