@@ -145,6 +145,6 @@ class Judge:
 
     @torch.no_grad()
     def _of_batch(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Predictions:
-        mask = batch["attention_mask"].bool()
+        mask = batch["attention_mask"].bool().to(model.device)
         with half_precision(model.device):
             return predictions(model(**model_inputs(model, batch)), mask)
