@@ -140,8 +140,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def _measured(run: Run, folder: Path) -> str:
     """Figures of all models, side by side."""
     last = "pruned" if run.quantized is None else "quantized"
-    named = {"dense": run.dense, "pruned": run.pruned, "quantized": run.quantized}
-    models = {name: figures for name, figures in named.items() if figures is not None}
+    models = run.models
     models[last] = replace(models[last], bytes=folder_bytes(folder))
     values = list(models.values())
     rows = [

@@ -18,6 +18,7 @@ from shrinkformer.pictures.checkpoint_page import (
     provenance,
     role_in_words,
 )
+from shrinkformer.pictures.columns import aligned
 from shrinkformer.pictures.png import draw_png, require_matplotlib
 from shrinkformer.pictures.run_charts import comparison_charts, newest_of_each, run_charts
 from shrinkformer.pictures.run_page import page_of_runs, run_title
@@ -132,14 +133,7 @@ def in_words(found: dict[str, Any]) -> str:
         lines.append(f"  weights of {bits or 'unknown'} bits, format {found['quantization']['method']}")
     lines += [f"  {name}: {value}" for name, value in provenance(found)]
     titles, rows = layer_rows(found)
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    lines += [
-        "",
-        *(
-            "  " + "  ".join(f"{cell:>{wide}}" for cell, wide in zip(row, widths, strict=True))
-            for row in (titles, *rows)
-        ),
-    ]
+    lines += ["", *(f"  {line}" for line in aligned([titles, *rows], left=()))]
     lines += ["", "  load it with", *(f"    {line}" for line in found["loading"])]
     return "\n".join(line and "  " * line.startswith("  ") + _clean(line) for line in lines)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from shrinkformer.commands.report import versions
 from shrinkformer.efficiency.latency import Timing, shape_name
+from shrinkformer.pictures.columns import aligned
 from shrinkformer.utils.files import append_atomically
 
 SCHEMA = 1
@@ -117,14 +118,7 @@ def _milliseconds(timing: Timing) -> str:
 def text_table(rows: Sequence[Row]) -> str:
     """A table for a terminal."""
     table = [rows[0].titles(), *(row.texts() for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    return "\n".join(
-        "  " + "  ".join(_aligned(text, widths[column], column) for column, text in enumerate(line)) for line in table
-    )
-
-
-def _aligned(text: str, width: int, column: int) -> str:
-    return text.ljust(width) if column < 2 else text.rjust(width)
+    return "\n".join(f"  {line}" for line in aligned(table, left=(0, 1)))
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

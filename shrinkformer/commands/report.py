@@ -6,11 +6,11 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shrinkformer.commands.report_text import text_of
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.efficiency.rounding import Rounding
 from shrinkformer.pictures.run_page import report_page
@@ -121,6 +121,12 @@ class Run:
         return record
 
     @property
+    def models(self) -> dict[str, Measured]:
+        """The models that there are, in the order in which the run made them."""
+        named = {"dense": self.dense, "pruned": self.pruned, "quantized": self.quantized}
+        return {name: figures for name, figures in named.items() if figures is not None}
+
+    @property
     def _last(self) -> Measured | None:
         """Figures of the model that was saved."""
         return self.pruned if self.quantized is None else self.quantized
@@ -136,55 +142,7 @@ class Run:
 
     def table(self) -> str:
         """The same for people."""
-        target = "" if self.target_ratio is None else f"target ratio {self.target_ratio:g}, "
-        title = (
-            f"{self.model_name} on {self.task_name}: {target}method {self.method}, mu {self.mu:.4g}, seed {self.seed}, "
-            f"{self.sample_batch_size} examples ({self.calibration_tokens:,} tokens)"
-        )
-        named = {"dense": self.dense, "pruned": self.pruned, "quantized": self.quantized}
-        models = {name: figures for name, figures in named.items() if figures is not None}
-        columns = list(models) if len(models) > 1 else ["dense", "pruned"]
-        lines = [title, "", f"  {'':22}" + "".join(f"{name:>18}" for name in columns) + f"{'change':>12}"]
-        lines += [_metric_row(name, list(models.values())) for name in _names(self.dense.metrics)]
-        for name, unit, scale in (("macs", "M", 1e6), ("parameters", "M", 1e6), ("bytes", "MB", 1e6)):
-            label = {"macs": "MACs", "bytes": "file size"}.get(name, name)
-            lines.append(_ratio_row(f"{label} ({unit})", [getattr(some, name) for some in models.values()], scale))
-        for shape in self.dense.latency_ms:
-            values = [some.latency_ms[shape] for some in models.values()]
-            lines.append(_ratio_row(f"latency {shape} (ms)", values, 1.0))
-        for runtime, times in self.dense.runtimes.items():
-            for shape in times:
-                values = [some.runtimes[runtime][shape] for some in models.values()]
-                lines.append(_ratio_row(f"{runtime} {shape} (ms)", values, 1.0))
-        if self.plan is not None:
-            lines += ["", *_plan_lines(self.plan)]
-        if self.quantization is not None:
-            lines += ["", *_quantized_lines(self.quantization)]
-        if self.rounding is not None:
-            lines += ["", f"  neurons are multiples of {self.rounding}"]
-        if self.save_dir:
-            lines += ["", f"  saved to {self.save_dir}"]
-        spent = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
-        lines.append(f"  seconds: {spent}; peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB")
-        return "\n".join(lines)
-
-
-def _plan_lines(plan: Plan) -> list[str]:
-    """What each block keeps; the widths of queries and keys, and of values, where some became narrower."""
-    narrow = any(layer.value_width for layer in plan.layers)
-    titles = f"{'q, k':>8}{'v':>6}" if narrow else ""
-    lines = [f"  {'layer':>5}{'heads':>8}{titles}{'neurons':>10}{'attention error':>18}{'ffn error':>12}"]
-    for index, layer in enumerate(plan.layers):
-        widths = f"{layer.query_width or '':>8}{layer.value_width or '':>6}" if narrow else ""
-        errors = f"{layer.attention_error:>18.4f}{layer.ffn_error:>12.4f}"
-        lines.append(f"  {index:>5}{len(layer.heads):>8}{widths}{len(layer.neurons):>10}{errors}")
-    if plan.prediction:
-        predicted, measured = plan.prediction["predicted"], plan.prediction["measured"]
-        lines.append(f"  divergence on examples set aside {measured:.5f}; predicted {predicted:.5f}")
-    if plan.uniform:
-        own, free = plan.uniform["divergence"], plan.uniform["free_divergence"]
-        lines.append(f"  blocks are all alike: expected divergence {own:.5f}; {free:.5f} if each had a size of its own")
-    return lines
+        return text_of(self)
 
 
 def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
@@ -212,41 +170,6 @@ def _quantized_section(figures: Measured, found: Quantized) -> dict[str, Any]:
         "also": list(config.also),
     }
     return {"quantized": figures.to_dict() | settings, "quantized_layers": [asdict(layer) for layer in found.layers]}
-
-
-def _quantized_lines(found: Quantized) -> list[str]:
-    config = found.config
-    lines = [
-        f"  {config.amount}, {config.storage}, by {config.quantizer}; relative error of each layer's output",
-        f"  {'layer':>5}  {'name':32}{'bits':>5}{'error':>9}{'nearest':>9}{'damping':>9}{'trust':>12}{'seconds':>9}",
-    ]
-    return lines + [
-        f"  {'' if row.layer is None else row.layer:>5}  {row.name:32}{row.bits:>5}"
-        f"{row.error:>9.4f}{row.nearest_error:>9.4f}{row.damping:>9.0e}"
-        f"{' '.join(f'{share:.2f}' for share in row.trust):>12}{row.seconds:>9.2f}"
-        for row in found.layers
-    ]
-
-
-def _names(metrics: dict[str, float]) -> list[str]:
-    return [name for name in metrics if not name.endswith("_stderr")]
-
-
-def _metric_row(name: str, models: Sequence[Measured]) -> str:
-    def cell(figures: Measured) -> str:
-        return f"{figures.metrics[name]:.4f} ±{figures.metrics.get(name + '_stderr', 0.0):.4f}"
-
-    row = f"  {name:22}" + "".join(f"{cell(some):>18}" for some in models)
-    if len(models) > 1:
-        row += f"{models[-1].metrics[name] - models[0].metrics[name]:>+12.4f}"
-    return row
-
-
-def _ratio_row(label: str, values: Sequence[float], scale: float) -> str:
-    row = f"  {label:22}" + "".join(f"{value / scale:>18,.2f}" for value in values)
-    if len(values) > 1:
-        row += f"{values[-1] / values[0]:>11.3f}x"
-    return row
 
 
 def versions() -> dict[str, str]:

@@ -18,12 +18,8 @@ Writer = Callable[[Run, Path], None]
 
 def scalars(run: Run) -> dict[str, float]:
     """Every figure of a run: ``dense/accuracy``, ``pruned/macs``, ``ratio/bytes``, ``seconds/total``, ..."""
-    models = {"dense": run.dense, "pruned": run.pruned, "quantized": run.quantized}
     found = {
-        f"{model}/{name}": value
-        for model, figures in models.items()
-        if figures is not None
-        for name, value in _figures(figures).items()
+        f"{model}/{name}": value for model, figures in run.models.items() for name, value in _figures(figures).items()
     }
     record = run.to_dict()
     found |= {f"ratio/{name}": value for name, value in record.get("ratio", {}).items() if value is not None}

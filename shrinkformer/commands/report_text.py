@@ -1,0 +1,112 @@
+"""A run in words: the block of text that is printed and appended to the report."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from shrinkformer.pictures.columns import aligned, figure, ratio
+from shrinkformer.prune.plan import Plan
+from shrinkformer.quantize.config import Quantized
+
+if TYPE_CHECKING:
+    from shrinkformer.commands.report import Measured, Run
+
+_SIZES = (("macs", "MACs (M)", 1e6), ("parameters", "parameters (M)", 1e6), ("bytes", "file size (MB)", 1e6))
+
+
+def text_of(run: "Run") -> str:
+    """Title, figures of all models side by side, what each layer kept or became, and what it took."""
+    lines = [_title(run), "", *_indented(aligned(_figure_rows(run)))]
+    if run.plan is not None:
+        lines += ["", *_plan_lines(run.plan)]
+    if run.quantization is not None:
+        lines += ["", *_quantized_lines(run.quantization)]
+    if run.rounding is not None:
+        lines += ["", f"  neurons are multiples of {run.rounding}"]
+    if run.save_dir:
+        lines += ["", f"  saved to {run.save_dir}"]
+    spent = ", ".join(f"{name} {value:.1f}" for name, value in run.seconds.items())
+    lines.append(f"  seconds: {spent}; peak memory {run.peak_memory_bytes / 2**20:,.0f} MiB")
+    return "\n".join(lines)
+
+
+def _title(run: "Run") -> str:
+    target = "" if run.target_ratio is None else f"target ratio {run.target_ratio:g}, "
+    return (
+        f"{run.model_name} on {run.task_name}: {target}method {run.method}, mu {run.mu:.4g}, seed {run.seed}, "
+        f"{run.sample_batch_size} examples ({run.calibration_tokens:,} tokens)"
+    )
+
+
+def _figure_rows(run: "Run") -> list[list[str]]:
+    """Metrics, sizes and times, one column for each model, and how the last differs from the first."""
+    models = run.models
+    several = len(models) > 1
+    rows = [["", *models, *(["change"] if several else [])]]
+    measured = list(models.values())
+    for name in metric_names(run.dense.metrics):
+        row = [name, *(_with_error(some, name) for some in measured)]
+        change = figure(measured[-1].metrics[name] - measured[0].metrics[name], sign="+")
+        rows.append([*row, *([change] if several else [])])
+    for label, values, scale in _sizes(measured):
+        row = [label, *(figure(value / scale, 2, ",") for value in values)]
+        rows.append([*row, *([ratio(values[-1], values[0])] if several else [])])
+    return rows
+
+
+def _sizes(models: "Sequence[Measured]") -> Iterator[tuple[str, list[float], float]]:
+    """Label, values of all models and unit of what is compared as a ratio."""
+    for name, label, scale in _SIZES:
+        yield label, [getattr(some, name) for some in models], scale
+    for shape in models[0].latency_ms:
+        yield f"latency {shape} (ms)", [some.latency_ms.get(shape, float("nan")) for some in models], 1.0
+    for runtime, times in models[0].runtimes.items():
+        for shape in times:
+            found = [some.runtimes.get(runtime, {}).get(shape, float("nan")) for some in models]
+            yield f"{runtime} {shape} (ms)", found, 1.0
+
+
+def _with_error(figures: "Measured", name: str) -> str:
+    error = figures.metrics.get(f"{name}_stderr")
+    return figure(figures.metrics[name]) + ("" if error is None else f" ±{figure(error)}")
+
+
+def metric_names(metrics: dict[str, float]) -> list[str]:
+    """Names of the metrics, without their standard errors."""
+    return [name for name in metrics if not name.endswith("_stderr")]
+
+
+def _plan_lines(plan: Plan) -> list[str]:
+    """What each block keeps; the widths of queries and keys, and of values, where some became narrower."""
+    narrow = any(layer.value_width for layer in plan.layers)
+    titles = ["q, k", "v"] if narrow else []
+    rows: list[list[object]] = [["layer", "heads", *titles, "neurons", "attention error", "ffn error"]]
+    for index, layer in enumerate(plan.layers):
+        widths = [layer.query_width or "", layer.value_width or ""] if narrow else []
+        errors = [figure(layer.attention_error), figure(layer.ffn_error)]
+        rows.append([index, len(layer.heads), *widths, len(layer.neurons), *errors])
+    lines = _indented(aligned(rows, left=()))
+    if plan.prediction:
+        predicted, measured = plan.prediction["predicted"], plan.prediction["measured"]
+        lines.append(f"  divergence on examples set aside {measured:.5f}; predicted {predicted:.5f}")
+    if plan.uniform:
+        own, free = plan.uniform["divergence"], plan.uniform["free_divergence"]
+        lines.append(f"  blocks are all alike: expected divergence {own:.5f}; {free:.5f} if each had a size of its own")
+    return lines
+
+
+def _quantized_lines(found: Quantized) -> list[str]:
+    config = found.config
+    rows: list[list[object]] = [["layer", "name", "bits", "error", "nearest", "damping", "trust", "seconds"]]
+    for row in found.layers:
+        trust = " ".join(f"{share:.2f}" for share in row.trust)
+        errors = [figure(row.error), figure(row.nearest_error)]
+        number = "" if row.layer is None else row.layer
+        rows.append([number, row.name, row.bits, *errors, f"{row.damping:.0e}", trust, f"{row.seconds:.2f}"])
+    return [
+        f"  {config.amount}, {config.storage}, by {config.quantizer}; relative error of each layer's output",
+        *_indented(aligned(rows, left=(1,))),
+    ]
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"  {line}" for line in lines]

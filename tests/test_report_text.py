@@ -1,0 +1,118 @@
+"""The text of a report: columns that stay apart whatever is in them, and headings that say what was done."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shrinkformer.commands.latency_report import Cell, Row, text_table
+from shrinkformer.commands.report import Measured, Run
+from shrinkformer.efficiency.latency import Timing
+from shrinkformer.pictures.columns import aligned, figure, ratio
+from shrinkformer.prune.plan import LayerPlan, Plan
+from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
+
+
+def measured(value: float, error: float = 0.01, **sizes: Any) -> Measured:
+    return Measured(
+        {"perplexity": value, "perplexity_stderr": error}, **{"macs": 2e6, "parameters": 3, "bytes": 4, **sizes}
+    )
+
+
+def a_plan(layers: int = 2, neurons: int = 40, error: float = 0.1) -> Plan:
+    layer = LayerPlan(heads=(0, 1), neurons=tuple(range(neurons)), attention_error=error, ffn_error=error)
+    return Plan("stat", 0.5, 0, 16.0, 200.0, 99.0, (layer,) * layers)
+
+
+def a_run(**changes: Any) -> Run:
+    run = Run(
+        task_name="wikitext2",
+        model_name="mine",
+        method="stat",
+        mu=0.5,
+        seed=0,
+        sample_batch_size=16,
+        calibration_tokens=4_096,
+        device="cpu",
+        dense=measured(10.0),
+        pruned=measured(11.0),
+        plan=a_plan(),
+        save_dir=Path("output/mine-mu0.5"),
+        seconds={"total": 1.0},
+        peak_memory_bytes=2**20,
+    )
+    return replace(run, **changes)
+
+
+def cells(text: str, first: str) -> list[str]:
+    """What stands in the columns of the row that begins with something; columns are two blanks apart or more."""
+    row = next(line for line in text.splitlines() if line.strip().startswith(first))
+    return re.split(r" {2,}", row.strip())
+
+
+class TestColumns:
+    @pytest.mark.parametrize(
+        ("value", "error", "shown"),
+        [
+            (8204.5, 734.25, "8204.5000 ±734.2500"),
+            (123456789.0, 98765432.1, "123456789.0000 ±98765432.1000"),
+            (3.2e14, 1.0, "3.2e+14 ±1.0000"),
+            (1e-7, 2e-9, "1e-07 ±2e-09"),
+            (math.inf, math.nan, "infinite ±n/a"),
+        ],
+    )
+    def test_figures_of_any_size_stand_apart(self, value: float, error: float, shown: str) -> None:
+        text = a_run(dense=measured(value, error), pruned=measured(value, error)).table()
+        assert cells(text, "perplexity")[:3] == ["perplexity", shown, shown]
+
+    def test_long_names_of_metrics_and_many_columns(self) -> None:
+        name = "perplexity_a_very_long_name_of_an_evaluation_file.jsonl"
+        model = Measured(
+            {name: 12345.6, f"{name}_stderr": 7.0}, 1.0, 1, 1, {"8x128": 1.0}, {"onnxruntime": {"8x128": 123456.7}}
+        )
+        run = a_run(dense=model, pruned=model, quantized=model)
+        rows = [line for line in run.table().splitlines() if "±" in line or "onnxruntime" in line]
+        assert cells(run.table(), name) == [name, *["12345.6000 ±7.0000"] * 3, "+0.0000"]
+        assert len({len(row) for row in rows}) <= 2  # the last column ends with a digit or an x
+        assert cells(run.table(), "onnxruntime")[1:] == ["123,456.70"] * 3 + ["1.000x"]
+
+    def test_sizes_that_two_decimals_would_hide(self) -> None:
+        text = a_run(dense=measured(1.0, macs=1_000.0), pruned=measured(1.0, macs=0.0)).table()
+        assert cells(text, "MACs (M)") == ["MACs (M)", "0.001", "0.00", "0.000x"]
+        assert cells(a_run(dense=measured(1.0, macs=0.0)).table(), "MACs (M)")[-1] == "n/a"
+
+    def test_forty_layers_of_any_width(self) -> None:
+        text = a_run(plan=a_plan(40, neurons=123_456)).table()
+        start = text.splitlines().index(next(line for line in text.splitlines() if "attention error" in line))
+        rows = text.splitlines()[start : start + 41]
+        assert len({len(row) for row in rows}) == 1
+        assert rows[-1].split() == ["39", "2", "123456", "0.1000", "0.1000"]
+
+    def test_quantized_layers_with_long_names(self) -> None:
+        name = "a_block.with.a_very.long_path_of_modules.that_ends_in.down_proj"
+        layer = LayerReport(3, name, 1e-9, 12345.678, 0.01, (1.0, 0.5), 12345.6, 4)
+        found = Quantized(
+            {}, [layer, replace(layer, layer=None, name="embeddings")], QuantizeConfig(scale_dtype=torch.float16)
+        )
+        text = a_run(quantized=measured(1.0), quantization=found).table()
+        assert cells(text, "3  ") == ["3", name, "4", "1e-09", "12345.6780", "1e-02", "1.00 0.50", "12345.60"]
+
+    def test_latency_of_models_with_long_names(self) -> None:
+        long = "a/very/long/path/to/a/checkpoint-500"
+        timing = Timing(12345.678, 1.0, 99999.9, 7)
+        row = Row((8, 128), "eager", "forward", (Cell("dense", timing, 1.0), Cell(long, timing, 1.0)))
+        head, line = text_table([row]).splitlines()
+        assert re.split(r" {2,}", head.strip())[3] == f"{long} (ms)"
+        assert re.split(r" {2,}", line.strip())[2:] == ["12345.68 [1.00, 99999.90]"] * 2 + ["1.000x", "1.000x", "-"]
+
+    def test_rows_may_end_early(self) -> None:
+        assert aligned([["a", "bb"], ["ccc"]]) == ["a    bb", "ccc"]
+        assert aligned([]) == []
+
+    def test_words_in_place_of_figures(self) -> None:
+        assert [figure(value) for value in (None, math.nan, -math.inf, 0.0)] == ["n/a", "n/a", "-infinite", "0.0000"]
+        assert ratio(1.0, 0.0) == ratio(math.nan, 1.0) == "n/a"
