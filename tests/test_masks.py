@@ -216,7 +216,7 @@ def second_feed_forward(model: Any) -> tuple[torch.Tensor, ...]:
             for name, tensor in zip(rows, (*found, end[0] if isinstance(end, tuple) else end), strict=True):
                 rows[name].append(tensor.reshape(*mask.shape, -1)[mask])
     x, made, between, end = (torch.cat(rows[name]) for name in rows)
-    return x, made, end - made if view.architecture.pre_norm else between
+    return x, made, end - made if view.pre_norm else between
 
 
 @pytest.mark.parametrize("family", ["bert", "opt"])

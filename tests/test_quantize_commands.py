@@ -136,6 +136,22 @@ class TestDecoder:
         assert quantize(data, *arguments[:4], *SMALL) == 2
         assert "know no Conv1D" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        "sizes",
+        [{"do_layer_norm_before": False}, {"layer_norm_elementwise_affine": False}],
+        ids=["350m", "plain norms"],
+    )
+    def test_opt_in_its_other_shapes_in_memory_and_block_by_block(
+        self, inside: Path, data: Path, sizes: dict[str, bool]
+    ) -> None:
+        checkpoint(inside / "mine", hidden_size=64, intermediate_size=128, word_embed_proj_dim=32, **sizes)
+        arguments = ("--mu", "0.7", "--method", "stat", "--quantizer", "gptq", "--group_size", "16")
+        for index, memory in enumerate(((), SMALL)):
+            assert quantize(data, *arguments, *memory, "--output_dir", f"out{index}") == 0
+        whole, streamed = (read_records(Path(f"out{index}"))[0] for index in range(2))
+        found = streamed["quantized"]["metrics"]["perplexity"]
+        assert found == pytest.approx(whole["quantized"]["metrics"]["perplexity"], rel=5e-3)
+
     def test_several_formats_are_written_from_memory(
         self, inside: Path, data: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -20,6 +20,17 @@ from tests.conftest import FAMILIES, build_model, make_batches
 BATCHES = make_batches([3 + index % 18 for index in range(48)], batch_size=8)
 
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "opt-350m": ("opt", {"do_layer_norm_before": False}),  # norms behind the sublayers, none behind the blocks
+    "opt without final norm": ("opt", {"_remove_final_layer_norm": True}),
+    "opt with plain norms": ("opt", {"layer_norm_elementwise_affine": False}),
+    "opt without biases": ("opt", {"enable_bias": False}),
+    "gpt_neox in sequence": ("gpt_neox", {"use_parallel_residual": False}),
+}
+"""Families, and configurations of them in which something that the others have stands elsewhere, or nowhere."""
+
+
 @torch.no_grad()
 def divergence(model: Any, dense: Any) -> float:
     """Sum of squares of what the outputs differ by, tokens only."""
@@ -31,10 +42,11 @@ def divergence(model: Any, dense: Any) -> float:
     return total
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", VARIANTS)
 class TestPasses:
-    def test_attention_from_memory_is_attention(self, family: str) -> None:
-        model = build_model(family)
+    def test_attention_from_memory_is_attention(self, variant: str) -> None:
+        family, sizes = VARIANTS[variant]
+        model = build_model(family, **sizes)
         view = layer_views(model)[0]
         stream, again = BlockStream(model, BATCHES), BlockStream(model, BATCHES)
         passes = BlockPasses(stream, view)
@@ -48,8 +60,9 @@ class TestPasses:
             torch.testing.assert_close(stream.hidden(index), again.hidden(index), rtol=1e-5, atol=1e-6)
         assert "forward" not in vars(view.block.get_submodule(view.architecture.attention.module))
 
-    def test_both_sides_see_the_same_before_anything_is_quantized(self, family: str) -> None:
-        model = build_model(family)
+    def test_both_sides_see_the_same_before_anything_is_quantized(self, variant: str) -> None:
+        family, sizes = VARIANTS[variant]
+        model = build_model(family, **sizes)
         view = layer_views(model)[0]
         aim = replace(view, block=copy.deepcopy(view.block))
         sites = block_sites(view.architecture)
@@ -68,9 +81,10 @@ class TestPasses:
                     torch.testing.assert_close(residual, before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_eight_bits_change_little_and_three_bits_less_than_rounding(family: str) -> None:
-    dense = build_model(family)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_eight_bits_change_little_and_three_bits_less_than_rounding(variant: str) -> None:
+    family, sizes = VARIANTS[variant]
+    dense = build_model(family, **sizes)
     errors = {}
     for bits, quantizer in ((8, "shrink"), (3, "shrink"), (3, "gptq"), (3, "rtn")):
         model = copy.deepcopy(dense)

@@ -7,6 +7,7 @@ from shrinkformer.architectures.record import Architecture, AttentionRecord, Fee
 _OPT = Architecture(
     model_type="opt",
     pre_norm=True,
+    pre_norm_attribute="do_layer_norm_before",
     final_norm="decoder.final_layer_norm",
     layers="decoder.layers",
     attention=AttentionRecord(

@@ -92,6 +92,7 @@ class Architecture:
         neurons_key: Name of the feed-forward width in ``config`` and in ``per_layer_config``.
         pre_norm: Norms stand before the sublayers, so that the residual stream, and what a block adds to it, grows from
             block to block; otherwise every block hands on states of one size.
+        pre_norm_attribute: Attribute of a block that says so instead, where that differs between configurations.
         final_norm: Path of the norm behind the last block, relative to the base model; "" where there is none.
         positions_follow_padding: Position ids start behind the padding id, so that many positions cannot be used.
         stock: What stock classes can be told of smaller blocks without a size for each of them.
@@ -104,6 +105,7 @@ class Architecture:
     heads_key: str = "num_attention_heads"
     neurons_key: str = "intermediate_size"
     pre_norm: bool = False
+    pre_norm_attribute: str = ""
     final_norm: str = ""
     positions_follow_padding: bool = False
     stock: StockRecord = StockRecord()

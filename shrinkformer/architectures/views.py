@@ -61,6 +61,12 @@ class LayerView:
         return config
 
     @property
+    def pre_norm(self) -> bool:
+        """Whether norms stand before the sublayers of this very block."""
+        record = self.architecture
+        return bool(getattr(self.block, record.pre_norm_attribute)) if record.pre_norm_attribute else record.pre_norm
+
+    @property
     def attention_output(self) -> Projection:
         """The consumer of the heads."""
         return self.linear(self.architecture.attention.output)

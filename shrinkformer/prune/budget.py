@@ -83,7 +83,7 @@ class CostModel:
         """
         sizes, first = layer_sizes(views), views[0]
         counts = stock_head_counts(first.architecture, sizes, first.config) if budget.uniform else ()
-        return cls(sizes, first.hidden_size, budget, first.architecture.pre_norm, counts)
+        return cls(sizes, first.hidden_size, budget, first.pre_norm, counts)
 
     @property
     def dense(self) -> float:

@@ -108,7 +108,7 @@ class BlockPasses:
             return self.inputs(path, index), self.rows(self.stream.hidden(index), index)
         layer, middle = self.view.linear(path), self.view.architecture.feed_forward.inputs[0]
         modules = {path: layer.module, middle: self.view.linear(middle).module}
-        if self.view.architecture.pre_norm:  # what is added to nothing comes out as it is
+        if self.view.pre_norm:  # what is added to nothing comes out as it is
             with self._attention(index), _silent(layer), watched(modules) as seen:
                 output = self.stream.call(self.view.block, index)
             return self.rows(seen.inputs[path], index), self.rows(output, index)
@@ -122,7 +122,7 @@ class BlockPasses:
         made = self.rows(seen.outputs[path], index)
         if site.residual == "input":
             residual = self.rows(self.stream.hidden(index), index)
-        elif self.view.architecture.pre_norm:
+        elif self.view.pre_norm:
             residual = self.rows(output, index) - made
         else:  # a norm stands behind the sum, and what goes into the sublayer is what is added to its output
             residual = self.rows(seen.inputs[self.view.architecture.feed_forward.inputs[0]], index)

@@ -11,9 +11,16 @@ from shrinkformer.utils.parallel import Workers
 
 
 def final_norm(model: PreTrainedModel) -> Any:
-    """The norm behind the last block; None where blocks end in norms of their own."""
+    """The norm behind the last block; None where there is none, or none with weights that could be fitted.
+
+    Architecture records say where it would be; configurations may leave it out (OPT-350m, whose blocks end in norms of
+    their own) or make it without weights (``layer_norm_elementwise_affine`` of OPT).
+    """
     path = layer_views(model)[0].architecture.final_norm
-    return model.base_model.get_submodule(path) if path else None
+    module: Any = model.base_model
+    for name in path.split(".") if path else ():
+        module = getattr(module, name, None)  # `get_submodule` refuses what is there, but None
+    return module if path and getattr(module, "weight", None) is not None else None
 
 
 @torch.no_grad()
@@ -26,7 +33,7 @@ def refit_final_norm(model: PreTrainedModel, dense: BlockStream, quantized: Bloc
     channel, by least squares; nothing is added to the file.
 
     Args:
-        model: The quantized model; its final norm is changed. Nothing happens where blocks end in norms of their own.
+        model: The quantized model; its final norm is changed. Nothing happens where there is none with weights.
         dense: At the exit of the last block of the dense model.
         quantized: The same of the quantized model.
         workers: Share the examples.
