@@ -34,7 +34,7 @@ def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
     common |= {"group_size": options.group_size, "seed": seed}
     key = {**common, "bits": 32, "layers": "none", "quantizer": "none"}
     if not results.has(key):
-        results.add(key, {metric: job.evaluate(dense, Resources())[metric]})
+        results.add(key, {metric: job.evaluate(dense, Resources()).metrics[metric]})
     for quantizer in options.quantizers:
         for layers in options.layers:
             for bits in options.bits:
@@ -43,7 +43,7 @@ def run_seed(options: argparse.Namespace, seed: int, results: Results) -> None:
                     model = copy.deepcopy(dense)
                     config = QuantizeConfig(bits, options.group_size, quantizer=quantizer, layers=layers)
                     found = quantize_(model, job.batches, config)
-                    value = job.evaluate(model, Resources())[metric]
+                    value = job.evaluate(model, Resources()).metrics[metric]
                     results.add(key, {metric: value, "seconds": round(found.seconds["quantization"], 1)})
 
 

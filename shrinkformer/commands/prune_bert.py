@@ -26,6 +26,7 @@ from shrinkformer.dataset.encoding import Encoded, encode, padded_batches
 from shrinkformer.dataset.loading import evaluation_splits, load_examples, load_split
 from shrinkformer.dataset.tasks import Task, get_task
 from shrinkformer.evaluate.evaluation import evaluate_model
+from shrinkformer.evaluate.paired import Scores
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
 from shrinkformer.utils.parallel import Workers, local_device, workers_of
@@ -67,7 +68,7 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
     lengths = [length for split in evaluation.values() for length in split.lengths]
     length = min(128, max_positions(source.config), tokenizer.model_max_length)
 
-    def evaluate(model: PreTrainedModel, resources: Resources) -> dict[str, float]:
+    def evaluate(model: PreTrainedModel, resources: Resources) -> Scores:
         return evaluate_model(
             model,
             tokenizer,
@@ -77,7 +78,7 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
             device=device,
             progress=show_progress(workers),
             workers=workers,
-        ).metrics
+        ).scores
 
     return Job(
         task_name=task.name,

@@ -31,6 +31,7 @@ from shrinkformer.dataset.corpora import (
 )
 from shrinkformer.errors import InputError
 from shrinkformer.evaluate.harness import harness_is_installed, run_harness
+from shrinkformer.evaluate.paired import STDERR, Scores
 from shrinkformer.evaluate.perplexity import Perplexity, evaluate_perplexity
 from shrinkformer.evaluate.streaming import stream_perplexity
 from shrinkformer.prune.resources import Resources
@@ -178,18 +179,20 @@ def make_evaluate(
             progress=show_progress(workers),
         )
 
-    def evaluate(model: PreTrainedModel, resources: Resources) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for name, windows in evaluation.items():
-            found = one(model, windows, resources)
-            metrics |= {f"perplexity_{name}": found.value, f"perplexity_{name}_stderr": found.stderr}
-        metrics = {"perplexity": metrics[f"perplexity_{main}"], **metrics}
-        metrics["perplexity_stderr"] = metrics[f"perplexity_{main}_stderr"]
+    def evaluate(model: PreTrainedModel, resources: Resources) -> Scores:
+        found = {name: one(model, windows, resources) for name, windows in evaluation.items()}
+        scores = _scores("perplexity", found[main])
+        for name, perplexity in found.items():
+            scores |= _scores(f"perplexity_{name}", perplexity)
         if options.lm_eval and workers.is_main:
-            metrics |= run_harness(model, tokenizer, options.lm_eval, batch_size=options.batch_size)
-        return metrics
+            scores |= Scores(run_harness(model, tokenizer, options.lm_eval, batch_size=options.batch_size))
+        return scores
 
     return evaluate
+
+
+def _scores(name: str, found: Perplexity) -> Scores:
+    return Scores({name: found.value, f"{name}{STDERR}": found.stderr}, {name: found.deviations})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

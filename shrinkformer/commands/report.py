@@ -6,13 +6,18 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shrinkformer.commands.report_text import text_of
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.efficiency.rounding import Rounding
+from shrinkformer.evaluate.paired import Scores, change
 from shrinkformer.pictures.run_page import report_page
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.surgery import kept_sizes
@@ -35,6 +40,7 @@ class Measured:
         bytes: Size of the weight file.
         latency_ms: Median milliseconds by shape, such as ``8x128`` for eight inputs of 128 tokens.
         runtimes: The same in other runtimes, by their names, such as ``onnxruntime``.
+        deviations: What each evaluation example contributes to a metric, for paired comparisons; in no report.
     """
 
     metrics: dict[str, float]
@@ -43,6 +49,11 @@ class Measured:
     bytes: int
     latency_ms: dict[str, float] = field(default_factory=dict)
     runtimes: dict[str, dict[str, float]] = field(default_factory=dict)
+    deviations: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False, compare=False)
+
+    def change_from(self, dense: "Measured") -> dict[str, float]:
+        """How each metric differs from the dense model's, with the paired standard error where that is known."""
+        return change(Scores(dense.metrics, dense.deviations), Scores(self.metrics, self.deviations))
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the report."""
@@ -115,6 +126,8 @@ class Run:
         if self.quantized is not None and self.quantization is not None:
             record |= _quantized_section(self.quantized, self.quantization)
         if self._last is not None:
+            made = [(name, some) for name, some in self.models.items() if some is not self.dense]
+            record["change"] = {name: some.change_from(self.dense) for name, some in made}
             record |= {"ratio": self._ratio(self._last), "save_dir": str(self.save_dir) if self.save_dir else None}
         record["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
         record["peak_memory_bytes"] = self.peak_memory_bytes

@@ -1,8 +1,9 @@
 """A run in words: the block of text that is printed and appended to the report."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from shrinkformer.evaluate.paired import STDERR, names_of
 from shrinkformer.pictures.columns import aligned, figure, ratio
 from shrinkformer.prune.plan import Plan
 from shrinkformer.quantize.config import Quantized
@@ -43,10 +44,10 @@ def _figure_rows(run: "Run") -> list[list[str]]:
     several = len(models) > 1
     rows = [["", *models, *(["change"] if several else [])]]
     measured = list(models.values())
-    for name in metric_names(run.dense.metrics):
-        row = [name, *(_with_error(some, name) for some in measured)]
-        change = figure(measured[-1].metrics[name] - measured[0].metrics[name], sign="+")
-        rows.append([*row, *([change] if several else [])])
+    changes = measured[-1].change_from(run.dense)
+    for name in names_of({name: None for some in measured for name in some.metrics}):
+        row = [name, *(with_error(some.metrics, name) for some in measured)]
+        rows.append([*row, *([with_error(changes, name, "+")] if several else [])])
     for label, values, scale in _sizes(measured):
         row = [label, *(figure(value / scale, 2, ",") for value in values)]
         rows.append([*row, *([ratio(values[-1], values[0])] if several else [])])
@@ -65,14 +66,10 @@ def _sizes(models: "Sequence[Measured]") -> Iterator[tuple[str, list[float], flo
             yield f"{runtime} {shape} (ms)", found, 1.0
 
 
-def _with_error(figures: "Measured", name: str) -> str:
-    error = figures.metrics.get(f"{name}_stderr")
-    return figure(figures.metrics[name]) + ("" if error is None else f" ±{figure(error)}")
-
-
-def metric_names(metrics: dict[str, float]) -> list[str]:
-    """Names of the metrics, without their standard errors."""
-    return [name for name in metrics if not name.endswith("_stderr")]
+def with_error(metrics: Mapping[str, float], name: str, sign: str = "") -> str:
+    """A metric, or its change, and its standard error where there is one."""
+    error = metrics.get(f"{name}{STDERR}")
+    return figure(metrics.get(name), sign=sign) + ("" if error is None else f" ±{figure(error)}")
 
 
 def _plan_lines(plan: Plan) -> list[str]:

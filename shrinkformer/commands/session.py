@@ -21,6 +21,7 @@ from shrinkformer.commands.report import Measured, Run
 from shrinkformer.efficiency.macs import model_macs
 from shrinkformer.efficiency.rounding import Rounding
 from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, folder_bytes, peak_memory_bytes
+from shrinkformer.evaluate.paired import Scores
 from shrinkformer.export.runtime import OnnxModel
 from shrinkformer.prune.budget import Budget, layer_sizes
 from shrinkformer.prune.checkpoint import stock_class
@@ -31,7 +32,7 @@ from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import count_tokens
 from shrinkformer.utils.parallel import Workers
 
-Evaluate = Callable[[PreTrainedModel, Resources], dict[str, float]]
+Evaluate = Callable[[PreTrainedModel, Resources], Scores]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Job:
         tokenizer: Saved beside the pruned model.
         batches: Calibration examples as model inputs; those of all workers.
         sequence_length: Length at which MACs are counted.
-        evaluate: Metrics of a model, with their standard errors.
+        evaluate: Figures of a model, with their standard errors and what each example contributes.
         shapes: Inputs whose latency is measured, (examples, tokens).
         device: Where models run.
         dtype: Of weights in memory.
@@ -162,8 +163,8 @@ class Session:
 def measure_dense(session: Session) -> Measured:
     """Evaluate the dense model, unless an interrupted run has done so, and take its sizes."""
     evaluate, model, resources = session.job.evaluate, session.model, session.resources
-    metrics = session.ledger.values.value("metrics of the dense model", lambda: evaluate(model, resources))
-    return _sizes(session, model, metrics, Path(session.job.source.location))
+    found = session.ledger.values.value("metrics of the dense model", lambda: evaluate(model, resources).to_json())
+    return _sizes(session, model, Scores.from_json(found), Path(session.job.source.location))
 
 
 def measure(session: Session, model: PreTrainedModel, resources: Resources, folder: Path) -> Measured:
@@ -171,13 +172,14 @@ def measure(session: Session, model: PreTrainedModel, resources: Resources, fold
     return _sizes(session, model, session.job.evaluate(model, resources), folder)
 
 
-def _sizes(session: Session, model: PreTrainedModel, metrics: dict[str, float], folder: Path) -> Measured:
+def _sizes(session: Session, model: PreTrainedModel, scores: Scores, folder: Path) -> Measured:
     views = layer_views(model)
     return Measured(
-        metrics=metrics,
+        metrics=scores.metrics,
         macs=model_macs(layer_sizes(views), views[0].hidden_size, session.job.sequence_length),
         parameters=count_parameters(model),
         bytes=folder_bytes(folder) if folder.is_dir() else checkpoint_bytes(model),
+        deviations=scores.deviations,
     )
 
 

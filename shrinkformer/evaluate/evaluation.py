@@ -15,6 +15,7 @@ from shrinkformer.dataset.encoding import Encoded, Features, padded_batches
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, DataError, NumericalError
 from shrinkformer.evaluate.answers import extract_answers
+from shrinkformer.evaluate.paired import Scores
 from shrinkformer.evaluate.scores import count_examples, require_labels, score_answers, score_labels
 from shrinkformer.utils.inputs import accepted_inputs
 from shrinkformer.utils.memory import Halving
@@ -39,9 +40,8 @@ _LABEL_NAMES = {
 class Evaluation:
     """What an evaluation found and what it cost."""
 
-    metrics: dict[str, float]
-    """``{"accuracy": .83, "accuracy_stderr": .006, ...}``; GLUE in 0..1, SQuAD in percent; ``_mm`` marks MNLI's
-    mismatched split."""
+    scores: Scores
+    """With what each example contributes, so that two models can be compared on the same examples."""
     examples: int
     """Sentences, pairs or questions, over all splits."""
     tokens: int
@@ -51,6 +51,14 @@ class Evaluation:
     logits: dict[str, Array] | None = field(default=None, repr=False, compare=False)
     """By split, only on request: (examples, labels); (windows, positions, start and end), NaN behind a window's end;
     or (pairs, 1) cosines."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures by name, as in ``{"accuracy": .83, "accuracy_stderr": .006, ...}``.
+
+        GLUE in 0..1, SQuAD in percent; ``_mm`` marks MNLI's mismatched split.
+        """
+        return self.scores.metrics
 
 
 def evaluate_model(
@@ -97,7 +105,7 @@ def evaluate_model(
     if not splits:
         raise DataError(f"task {task.name}: no evaluation split was given; it has {', '.join(task.evaluation_splits)}")
     began = time.perf_counter()
-    metrics: dict[str, float] = {}
+    scores = Scores({})
     outputs: dict[str, Array] = {}
     examples = 0
     for split, encoded in splits.items():
@@ -109,9 +117,9 @@ def evaluate_model(
                 model, tokenizer, task, encoded, split=split, batch_size=batch_size, progress=progress, workers=workers
             )
             examples += count_examples(task, encoded)
-            metrics |= _with_suffix(figures, _suffix(task, split, len(splits)))
+            scores |= figures.renamed(_suffix(task, split, len(splits)))
     return Evaluation(
-        metrics=metrics,
+        scores=scores,
         examples=examples,
         tokens=sum(encoded.tokens for encoded in splits.values()),
         seconds=time.perf_counter() - began,
@@ -129,7 +137,7 @@ def _evaluate_split(
     batch_size: int,
     progress: bool,
     workers: Workers,
-) -> tuple[dict[str, float], Array]:
+) -> tuple[Scores, Array]:
     """Figures and model outputs of one split."""
     features = workers.share(encoded.features)
     silent = not (progress and workers.is_main)
@@ -215,7 +223,7 @@ def label_columns(task: Task, config: Any) -> list[int] | None:
     return [numbers[name] for name in names]
 
 
-def _judge_answers(tokenizer: Any, task: Task, encoded: Encoded, logits: Array) -> tuple[dict[str, float], Array]:
+def _judge_answers(tokenizer: Any, task: Task, encoded: Encoded, logits: Array) -> tuple[Scores, Array]:
     """Figures of the answers that (windows, positions, 2) logits stand for."""
     if encoded.windows is None or encoded.examples is None:  # for the type checker: require_labels has looked
         raise DataError(f"task {task.name}: the encoded data has no windows")
@@ -264,11 +272,3 @@ def _suffix(task: Task, split: str, splits: int) -> str:
     if split == "validation_mismatched":
         return "_mm"
     return "" if splits == 1 or split == task.evaluation_splits[0] else f"_{split}"
-
-
-def _with_suffix(figures: Mapping[str, float], suffix: str) -> dict[str, float]:
-    """``accuracy`` -> ``accuracy_mm``, ``accuracy_stderr`` -> ``accuracy_mm_stderr``."""
-    return {
-        f"{name.removesuffix('_stderr')}{suffix}{'_stderr' if name.endswith('_stderr') else ''}": value
-        for name, value in figures.items()
-    }

@@ -3,9 +3,11 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -34,6 +36,8 @@ class Perplexity:
     windows: int
     seconds: float
     """Wall time of this process, from the first batch on."""
+    deviations: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
+    """How much each window moves ``value``, (windows,), in the order of the windows; ``stderr`` is their length."""
 
 
 def evaluate_perplexity(
@@ -106,9 +110,11 @@ def accumulate(outputs: Iterable[tuple[Tensor, Tensor]], workers: Workers = ALON
         raise DataError("the perplexity of nothing: there is no window of at least 2 tokens")
     nll = total / tokens
     # van der Vaart, "Asymptotic Statistics", chapter 3: the ratio of two means varies as its influence values do
-    spread = (sums - nll * counts).square().sum().reshape(1)
+    influence = sums - nll * counts
+    spread = influence.square().sum().reshape(1)
     workers.sum_(spread)
     value = math.exp(nll) if nll < 709 else math.inf
+    scale = math.sqrt(windows / (windows - 1)) / tokens if windows > 1 else 0.0
     relative = math.sqrt(spread.item() * windows / (windows - 1)) / tokens if windows > 1 else 0.0
     return Perplexity(
         value=value,
@@ -117,6 +123,7 @@ def accumulate(outputs: Iterable[tuple[Tensor, Tensor]], workers: Workers = ALON
         tokens=int(tokens),
         windows=int(windows),
         seconds=time.perf_counter() - began,
+        deviations=value * scale * np.array(workers.gather(influence.tolist())),
     )
 
 

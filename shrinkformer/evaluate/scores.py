@@ -12,8 +12,9 @@ import evaluate as hf_evaluate
 from shrinkformer.dataset.encoding import Encoded
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import DataError
-from shrinkformer.evaluate import standard_errors
 from shrinkformer.evaluate.metrics import squad
+from shrinkformer.evaluate.paired import Scores
+from shrinkformer.evaluate.standard_errors import DEVIATIONS, mean_deviations
 
 _METRICS = Path(__file__).resolve().parent / "metrics"
 
@@ -73,7 +74,7 @@ def count_examples(task: Task, encoded: Encoded) -> int:
     return len(encoded.features) // 2 if task.kind == "similarity" else len(encoded.features)
 
 
-def score_labels(task: Task, predictions: NDArray[Any], references: Sequence[float]) -> dict[str, float]:
+def score_labels(task: Task, predictions: NDArray[Any], references: Sequence[float]) -> Scores:
     """Figures of a classification, regression or similarity task.
 
     Args:
@@ -82,19 +83,18 @@ def score_labels(task: Task, predictions: NDArray[Any], references: Sequence[flo
         references: the true ones.
 
     Returns:
-        ``{metric: value, metric_stderr: standard error}`` in the order of ``task.metrics``, in 0..1 (correlations
-        -1..1).
+        Metrics in the order of ``task.metrics``, in 0..1 (correlations -1..1).
     """
     metric = load_metric("similarity") if task.kind == "similarity" else load_metric("glue", task.name)
     values = metric.compute(predictions=predictions.tolist(), references=list(references))
     true = np.asarray(references, dtype=np.float64)
-    errors = {name: standard_errors.STANDARD_ERRORS[name](predictions, true) for name in task.metrics}
-    return _interleave(task, values, errors)
+    deviations = {name: DEVIATIONS[name](predictions, true) for name in task.metrics}
+    return Scores.of({name: values[name] for name in task.metrics}, deviations)
 
 
 def score_answers(
     task: Task, texts: Sequence[str], questions: Mapping[str, Sequence[Any]], *, version_2: bool
-) -> dict[str, float]:
+) -> Scores:
     """Figures of extractive question answering, in percent (0..100) as the official scorers print them.
 
     Args:
@@ -104,7 +104,7 @@ def score_answers(
         version_2: SQuAD v2: questions without answers are scored, too.
 
     Returns:
-        ``{metric: value, metric_stderr: standard error}`` in the order of ``task.metrics``.
+        Metrics in the order of ``task.metrics``.
     """
     truths = [list(answer["text"]) for answer in questions["answers"]]
     names = [str(name) for name in questions["id"]] if "id" in questions else [str(row) for row in range(len(texts))]
@@ -121,13 +121,5 @@ def score_answers(
         squad.question_scores(text, truth, version_2=version_2) for text, truth in zip(texts, truths, strict=True)
     ]
     exact, f1 = (100.0 * np.array(column) for column in zip(*scores, strict=True))
-    return _interleave(task, values, {"exact_match": standard_errors.mean(exact), "f1": standard_errors.mean(f1)})
-
-
-def _interleave(task: Task, values: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, float]:
-    """One flat dictionary: each metric followed by its standard error."""
-    figures = {}
-    for name in task.metrics:
-        figures[name] = float(values[name])
-        figures[f"{name}_stderr"] = float(errors[name])
-    return figures
+    deviations = {"exact_match": mean_deviations(exact), "f1": mean_deviations(f1)}
+    return Scores.of({name: values[name] for name in task.metrics}, deviations)

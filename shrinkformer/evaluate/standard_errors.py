@@ -1,9 +1,15 @@
 """Standard errors of the metrics: how far a figure would move on another sample of as many examples.
 
-Accuracy is a binomial proportion, a SQuAD score a mean over questions. F1, Matthews and Pearson are smooth functions of
-means, so the delta method applies: the standard error is that of the mean of the influence values (van der Vaart,
-"Asymptotic Statistics", chapters 3 and 20). Spearman's correlation works on ranks, which change with the sample; it
-gets a bootstrap with its own generator. Nothing here touches a global random state.
+Every metric has *deviations*: what each example (of Spearman's correlation: each bootstrap sample) moves the figure by,
+scaled so that the length of the vector is the standard error. Of two models on the same examples, the length of the
+difference of both vectors is the standard error of the change, because what both have in common cancels: that is the
+paired one, and usually much smaller than either of the two.
+
+Accuracy is a mean of hits, a SQuAD score a mean over questions. F1, Matthews and Pearson are smooth functions of
+means, so the delta method applies (the infinitesimal jackknife): deviations are the influence values over the number
+of examples (van der Vaart, "Asymptotic Statistics", chapters 3 and 20). Spearman's correlation works on ranks, which
+change with the sample; it gets a bootstrap with its own generator, so that two models see the same samples. Nothing
+here touches a global random state.
 """
 
 from collections.abc import Callable
@@ -17,48 +23,53 @@ from shrinkformer.evaluate.metrics import glue
 Values = NDArray[np.float64]
 
 
-def accuracy(predictions: Values, references: Values) -> float:
-    """Binomial standard error sqrt(p (1 - p) / n) of a fraction of hits, in 0..1.
+def accuracy_deviations(predictions: Values, references: Values) -> Values:
+    """Of a fraction of hits, in 0..1; the binomial standard error sqrt(p (1 - p) / n).
 
-    >>> accuracy(np.array([1, 1, 0, 0]), np.array([1, 1, 1, 1]))
+    >>> float(np.linalg.norm(accuracy_deviations(np.array([1, 1, 0, 0]), np.array([1, 1, 1, 1]))))
     0.25
     """
-    fraction = glue.accuracy(predictions, references)
-    return float(np.sqrt(fraction * (1.0 - fraction) / len(references)))
+    hits = (np.asarray(predictions) == np.asarray(references)).astype(np.float64)
+    return np.asarray((hits - hits.mean()) / len(hits))
 
 
-def mean(scores: Values) -> float:
-    """Sample standard error of the mean of (n,) scores, in their unit; 0 for fewer than two."""
-    return float(np.std(scores, ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else 0.0
+def mean_deviations(scores: Values) -> Values:
+    """Of the mean of (n,) scores, in their unit: the sample standard error; zeros for fewer than two."""
+    scores = np.asarray(scores, dtype=np.float64)
+    count = len(scores)
+    return (scores - scores.mean()) / np.sqrt(count * (count - 1.0)) if count > 1 else np.zeros(count)
 
 
-def f1(predictions: Values, references: Values) -> float:
-    """Delta method for F1 = sum(2 * true positive) / sum(predicted positive + actual positive), labels 0/1."""
+def f1_deviations(predictions: Values, references: Values) -> Values:
+    """Of F1 = sum(2 * true positive) / sum(predicted positive + actual positive), labels 0/1."""
     predicted, actual = (np.asarray(values) == 1 for values in (predictions, references))
     positives = predicted.astype(np.float64) + actual
     if not positives.any():
-        return 0.0
+        return np.zeros(len(positives))
     influence = (2.0 * (predicted & actual) - glue.f1(predictions, references) * positives) / positives.mean()
-    return _of_influence(influence)
+    return np.asarray(influence / len(influence))
 
 
-def pearson(predictions: Values, references: Values) -> float:
-    """Delta method for Pearson's r, without assuming normality: influence x y - r (x^2 + y^2) / 2, standardised."""
+def pearson_deviations(predictions: Values, references: Values) -> Values:
+    """Of Pearson's r, without assuming normality: influence x y - r (x^2 + y^2) / 2, standardised."""
     x, y = (np.asarray(values, dtype=np.float64) for values in (predictions, references))
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return 0.0
+        return np.zeros(len(x))
     x, y = (x - x.mean()) / x.std(), (y - y.mean()) / y.std()
-    return _of_influence(x * y - np.mean(x * y) * (x * x + y * y) / 2.0)
+    return np.asarray((x * y - np.mean(x * y) * (x * x + y * y) / 2.0) / len(x))
 
 
-def spearmanr(predictions: Values, references: Values, *, resamples: int = 500, seed: int = 0) -> float:
-    """Bootstrap standard error of Spearman's correlation; the same seed gives the same figure.
+def spearmanr_deviations(predictions: Values, references: Values, *, resamples: int = 500, seed: int = 0) -> Values:
+    """Of Spearman's correlation: one for each bootstrap sample; the same seed gives the same samples.
 
     Args:
         predictions: (n,) predicted values.
         references: (n,) reference values.
         resamples: bootstrap samples; the error of the result is about 1 / sqrt(2 * resamples), 3 % for 500.
         seed: of a private ``numpy.random.Generator``.
+
+    Returns:
+        Shape (resamples,).
     """
     x, y = (np.asarray(values, dtype=np.float64) for values in (predictions, references))
     generator = np.random.default_rng(seed)
@@ -68,19 +79,19 @@ def spearmanr(predictions: Values, references: Values, *, resamples: int = 500, 
         ranks = stats.rankdata(x[rows]), stats.rankdata(y[rows])
         constant = np.ptp(ranks[0]) == 0 or np.ptp(ranks[1]) == 0
         replicates[index] = 0.0 if constant else np.corrcoef(*ranks)[0, 1]
-    return float(replicates.std(ddof=1))
+    return np.asarray((replicates - replicates.mean()) / np.sqrt(resamples - 1.0))
 
 
-def _of_influence(influence: Values) -> float:
-    """Standard error of an estimate with (n,) influence values: sqrt(mean(influence^2) / n)."""
-    return float(np.sqrt(np.mean(influence**2) / len(influence)))
-
-
-STANDARD_ERRORS: dict[str, Callable[[Values, Values], float]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews_correlation": pearson,  # for 0/1 labels the Matthews correlation is Pearson's r (the phi coefficient)
-    "pearson": pearson,
-    "spearmanr": spearmanr,
+DEVIATIONS: dict[str, Callable[[Values, Values], Values]] = {
+    "accuracy": accuracy_deviations,
+    "f1": f1_deviations,
+    "matthews_correlation": pearson_deviations,  # for 0/1 labels it is Pearson's r (the phi coefficient)
+    "pearson": pearson_deviations,
+    "spearmanr": spearmanr_deviations,
 }
-"""Metric name -> standard error of (predictions, references), in the unit of the metric."""
+"""Metric name -> deviations of (predictions, references), in the unit of the metric."""
+
+
+def length(deviations: Values) -> float:
+    """The standard error that deviations, or the differences of those of two models, stand for."""
+    return float(np.sqrt(np.square(deviations).sum()))
