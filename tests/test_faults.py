@@ -15,10 +15,11 @@ from shrinkformer.commands.pruning import cast_weights, round_weights
 from shrinkformer.errors import NumericalError, ShrinkformerWarning
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.cholesky import DampingWarning
-from shrinkformer.prune.divergence import Judge, Predictions, Target, Targets
+from shrinkformer.prune.divergence import Judge, Target, Targets
 from shrinkformer.prune.health import locate_fault, require_finite_outputs, require_finite_weights
 from shrinkformer.prune.lazy import load_lazily
 from shrinkformer.prune.methods import METHOD_NAMES
+from shrinkformer.prune.objective import Predictions, objective_of
 from shrinkformer.prune.plan import SURPRISE, LayerPlan, Plan, warn_of_surprise
 from shrinkformer.prune.pruner import calibrate, prune_model
 from shrinkformer.prune.shrink_config import ShrinkConfig
@@ -236,7 +237,7 @@ class TestColumns:
             warnings.simplefilter("ignore", ShrinkformerWarning)
             found, chance = Faulty(family, fault), Faulty(family, fault)
             made = prune(found.model, method, found.batches, mu=0.6)
-            judge = Judge(found.model, found.batches)
+            judge = Judge(found.model, found.batches, objective_of(found.model))
             worst = judge.of(prune(chance.model, "random", chance.batches, mu=0.6).model)
         require_finite_outputs(made.model, found.batches)
         assert made.plan.ratio <= 0.6

@@ -11,6 +11,7 @@ from torch import nn
 from shrinkformer.architectures import layer_views
 from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.fisher import output_metrics
+from shrinkformer.prune.objective import objective_of
 from shrinkformer.prune.surgery import Weights, rebuild
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.grid import fit_grid
@@ -36,8 +37,8 @@ def test_every_family_and_head(family: str) -> None:
     for head in task_heads(family):
         model = build_model(family, head)
         before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
-        found = output_metrics(model, layers_of(model), BATCHES, tokens=100)
-        again = output_metrics(model, layers_of(model), BATCHES, tokens=100)
+        found = output_metrics(model, layers_of(model), BATCHES, objective=objective_of(model), tokens=100)
+        again = output_metrics(model, layers_of(model), BATCHES, objective=objective_of(model), tokens=100)
         for path, metric in found.items():
             assert torch.equal(metric, again[path])
             assert torch.allclose(metric, metric.T)
@@ -63,7 +64,7 @@ def test_heads_that_were_narrowed(family: str) -> None:
         output = view.linear(view.architecture.attention.output)
         filling[view.architecture.attention.output] = Weights(output.weight[:, :20].clone(), output.bias.clone())
         rebuild(view, dense, filling)
-    found = output_metrics(model, layers_of(model), BATCHES, tokens=100)
+    found = output_metrics(model, layers_of(model), BATCHES, objective=objective_of(model), tokens=100)
     (view, *_) = layer_views(model)
     assert {path: len(metric) for path, metric in found.items()} == {
         path: view.linear(path).out_features for path in layers_of(model)
@@ -77,7 +78,7 @@ def test_it_predicts_the_divergence_of_a_small_error() -> None:
     model = build_model("bert", hidden_size=16, intermediate_size=32)
     batches = make_batches([8] * 4096, batch_size=4096)
     layer = layer_views(model)[-1].linear("output.dense").module
-    metric = output_metrics(model, {"it": layer}, batches, tokens=10**9)["it"].double()
+    metric = output_metrics(model, {"it": layer}, batches, objective=objective_of(model), tokens=10**9)["it"].double()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         before = torch.log_softmax(model(**batches[0]).logits.double(), -1)

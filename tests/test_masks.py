@@ -14,11 +14,12 @@ from shrinkformer.errors import NumericalError
 from shrinkformer.prune.allocation import allocate_for_most
 from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import load, save
-from shrinkformer.prune.divergence import Predictions, Target, predictions
+from shrinkformer.prune.divergence import Target
 from shrinkformer.prune.fisher import log_likelihood
 from shrinkformer.prune.kprune import Knowledge, KPrune, contributions, learn_kprune, measure, softened
 from shrinkformer.prune.kwon import Kwon, learn_kwon, rearranged, unit_scales
 from shrinkformer.prune.masks import Part, mask_gradients, paired_blocks, parts_of, wanted_outputs
+from shrinkformer.prune.objective import Predictions, objective_of
 from shrinkformer.prune.passes import watched
 from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.regression import Sums
@@ -123,7 +124,10 @@ class TestTuning:
         parts = parts_of(layer_views(model))
         generator = torch.Generator().manual_seed(4)
         found = mask_gradients(
-            model, parts, BATCHES, lambda output, index: log_likelihood(output, BATCHES[index], generator)
+            model,
+            parts,
+            BATCHES,
+            lambda output, index: log_likelihood(output, BATCHES[index], generator, objective_of(model)),
         )
         each = torch.cat([torch.cat(batch.masks, 1) for batch in found])
         learnt = learn_kwon(model, BATCHES, seed=4)
@@ -173,8 +177,8 @@ class TestKnowledge:
         def loss(output: Any, index: int) -> torch.Tensor:
             mask = BATCHES[index]["attention_mask"].bool()
             with torch.no_grad():
-                wanted = softened(predictions(other(**BATCHES[index]), mask))
-            return Target(wanted).divergence(softened(predictions(output, mask)))
+                wanted = softened(objective_of(other).predictions(other(**BATCHES[index]), mask))
+            return Target(wanted).divergence(softened(objective_of(model).predictions(output, mask)))
 
         found = measure(model, parts, BATCHES, loss, ALONE)
         expected = np.zeros(64)
@@ -291,12 +295,13 @@ def test_they_are_nearer_than_slices_of_equal_size(method: str) -> None:
     )
 
     def left(name: str) -> float:
+        objective = objective_of(model)
         other = prune_model(model, many, mu=0.5, method=name, sequence_length=16).model
         with torch.no_grad():
             pairs = [
                 (
-                    predictions(model(**batch), batch["attention_mask"].bool()),
-                    predictions(other(**batch), batch["attention_mask"].bool()),
+                    objective.predictions(model(**batch), batch["attention_mask"].bool()),
+                    objective.predictions(other(**batch), batch["attention_mask"].bool()),
                 )
                 for batch in BATCHES
             ]

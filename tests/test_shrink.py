@@ -18,10 +18,11 @@ from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.cholesky import DampingWarning
 from shrinkformer.prune.curves import Curve, sized
 from shrinkformer.prune.damage import Damage
-from shrinkformer.prune.divergence import Judge, Target, predictions
+from shrinkformer.prune.divergence import Judge, Target
 from shrinkformer.prune.groups import elimination_order
 from shrinkformer.prune.knapsack import Option, choose, frontier
 from shrinkformer.prune.levels import BlockLevels
+from shrinkformer.prune.objective import objective_of
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.projections import Projected, fold_projected, matching_bases, value_basis
 from shrinkformer.prune.pruner import prune_model
@@ -204,7 +205,7 @@ def test_narrow_heads_compute_what_their_projections_say(widths: tuple[int, int]
 
 def test_damage_is_the_divergence_of_the_whole_model() -> None:
     model = build_model("bert")
-    damage = Damage(model, BATCHES)
+    damage = Damage(model, BATCHES, objective_of(model))
     blocks = [view.block for view in layer_views(model)]
     assert damage.of(blocks) == damage.of(blocks, 1) == 0
     level = levels_of(model, 1)
@@ -218,9 +219,9 @@ def test_damage_is_the_divergence_of_the_whole_model() -> None:
     with torch.no_grad():
         for batch in BATCHES:
             mask = batch["attention_mask"].bool()
-            dense = predictions(model(**batch), mask)
+            dense = objective_of(model).predictions(model(**batch), mask)
             model.bert.encoder.layer[1] = small
-            found = predictions(model(**batch), mask)
+            found = objective_of(model).predictions(model(**batch), mask)
             model.bert.encoder.layer[1] = blocks[1]
             by_hand += float(Target(dense).divergence(found))
             count += len(mask)
@@ -255,8 +256,8 @@ def test_examples_set_aside_are_used_for_nothing_else() -> None:
 def test_the_judge_agrees_with_the_damage_of_blocks() -> None:
     model = build_model("bert")
     pruned = prune_model(model, BATCHES, mu=0.5, method="stat")
-    measured = Damage(model, BATCHES).of([view.block for view in layer_views(pruned.model)])
-    judge = Judge(model, BATCHES)
+    measured = Damage(model, BATCHES, objective_of(model)).of([view.block for view in layer_views(pruned.model)])
+    judge = Judge(model, BATCHES, objective_of(model))
     assert judge.of(model) == 0
     assert judge.of(pruned.model) == pytest.approx(measured, rel=1e-4)
 
@@ -312,7 +313,7 @@ def test_tokens_count_by_the_root_where_few_hold_the_sum() -> None:
 def test_sensitivity_knows_what_a_classifier_reads() -> None:
     """In the last block of a classifier only the first token of an example counts."""
     model = build_model("bert")
-    found = learn_sensitivity(model, BATCHES)
+    found = learn_sensitivity(model, BATCHES, objective=objective_of(model))
     last = len(layer_views(model)) - 1
     weights = found.tokens[last, ATTENTION][0]
     lengths = BATCHES[0]["attention_mask"].sum(1)
@@ -379,7 +380,7 @@ def test_the_search_lowers_what_it_measures_within_the_budget() -> None:
 
 def test_predictions_stay_nearer_than_with_stat() -> None:
     model = build_model("bert", initializer_range=0.3)
-    measure = Damage(model, make_batches([3 + index % 18 for index in range(256)], batch_size=64))
+    measure = Damage(model, make_batches([3 + index % 18 for index in range(256)], batch_size=64), objective_of(model))
 
     def left(method: str) -> float:
         found = prune_model(model, BATCHES, mu=0.4, method=method, sequence_length=16.0)

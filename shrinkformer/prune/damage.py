@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
-from shrinkformer.prune.divergence import Predictions, Targets, predictions
+from shrinkformer.prune.divergence import Targets
+from shrinkformer.prune.objective import Objective, Predictions
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import BlockStream
@@ -30,6 +31,7 @@ class Damage:
     Args:
         model: The dense model, in memory, in evaluation mode.
         batches: Examples of all workers, of which some are used.
+        objective: What it predicts.
         workers: Share the examples; all of them get the same figures.
         tokens: In about so many tokens, less of language models.
 
@@ -37,9 +39,14 @@ class Damage:
     """
 
     def __init__(
-        self, model: PreTrainedModel, batches: Batches, workers: Workers = ALONE, tokens: int = TOKENS
+        self,
+        model: PreTrainedModel,
+        batches: Batches,
+        objective: Objective,
+        workers: Workers = ALONE,
+        tokens: int = TOKENS,
     ) -> None:
-        self._model, self._device = model, model.device
+        self._model, self._device, self._objective = model, model.device, objective
         if model.can_generate():  # every token is a prediction, and a long one
             tokens = min(tokens // 2, int(KEPT_NUMBERS / model.config.vocab_size))
         self._share = workers.share(spread(batches, max(1, tokens)))
@@ -82,4 +89,4 @@ class Damage:
             for index in range(len(self._stream)):
                 self._behind(blocks[start:], self._entrances[start], index)
             for index, output in enumerate(self._stream.outputs()):
-                yield predictions(output, self._stream.mask(index))
+                yield self._objective.predictions(output, self._stream.mask(index))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,46 +9,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.errors import NumericalError
+from shrinkformer.prune.objective import UNKNOWN, Objective, Predictions
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import model_inputs
 from shrinkformer.utils.parallel import ALONE, Workers
 from shrinkformer.utils.precision import half_precision, is_finite
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What a model predicts.
-
-    Attributes:
-        parts: ``(rows, classes)`` float32: one tensor, or two for the start and end of answers.
-        distribution: Whether they are log-probabilities; otherwise numbers, or embeddings.
-    """
-
-    parts: tuple[Tensor, ...]
-    distribution: bool
-
-
-def predictions(output: Any, mask: Tensor) -> Predictions:
-    """What a model predicts, in a form that :func:`divergence` compares.
-
-    Args:
-        output: Of a transformers model. Of hidden states, the mean over the tokens of an example is taken, normalised,
-            as sentence encoders use them.
-        mask: Where the tokens are, ``(examples, length)`` bool.
-    """
-    if "start_logits" in output:
-        parts = (output.start_logits, output.end_logits)
-        logs = tuple(torch.log_softmax(part.float().masked_fill(~mask, -1e4), -1) for part in parts)
-        return Predictions(logs, distribution=True)
-    if "logits" in output:
-        logits = output.logits
-        if logits.ndim == 3:  # much faster than a mask where a vocabulary is long
-            logits = logits.flatten(0, 1).index_select(0, mask.flatten().nonzero().squeeze(1))
-        several = logits.shape[-1] > 1
-        return Predictions((torch.log_softmax(logits.float(), -1) if several else logits.float(),), several)
-    states = output.last_hidden_state.float() * mask[..., None]
-    means = torch.nn.functional.normalize(states.sum(1) / mask.sum(1, keepdim=True), dim=-1)
-    return Predictions((means,), distribution=False)
+def predictions(output: Any, mask: Tensor, objective: Objective = UNKNOWN) -> Predictions:
+    """What a model predicts, in a form that :class:`Target` compares; see :meth:`Objective.predictions`."""
+    return objective.predictions(output, mask)
 
 
 class Target:
@@ -127,13 +96,16 @@ class Judge:
     Args:
         model: The dense model, in memory, in evaluation mode.
         batches: Examples of all workers that no smaller model is made from.
+        objective: What it predicts.
         workers: Share the examples; all of them get the same figures.
 
     Examples pass in bfloat16 where that is fast, all models alike.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Batches, workers: Workers = ALONE) -> None:
-        self._batches = workers.share(batches)
+    def __init__(
+        self, model: PreTrainedModel, batches: Batches, objective: Objective, workers: Workers = ALONE
+    ) -> None:
+        self._batches, self._objective = workers.share(batches), objective
         self._targets = Targets(self._predictions(model), model.device, workers)
 
     def of(self, model: PreTrainedModel) -> float:
@@ -147,4 +119,4 @@ class Judge:
     def _of_batch(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Predictions:
         mask = batch["attention_mask"].bool().to(model.device)
         with half_precision(model.device):
-            return predictions(model(**model_inputs(model, batch)), mask)
+            return self._objective.predictions(model(**model_inputs(model, batch)), mask)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shrinkformer.errors import NumericalError
-from shrinkformer.prune.divergence import predictions
+from shrinkformer.prune.objective import Objective
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.utils.inputs import accepted_inputs
@@ -32,6 +32,7 @@ def output_metrics(
     layers: Mapping[Name, nn.Module],
     batches: Batches,
     *,
+    objective: Objective,
     tokens: int = TOKENS,
     seed: int = 0,
     workers: Workers = ALONE,
@@ -42,6 +43,7 @@ def output_metrics(
         model: The model, in evaluation mode and in memory as a whole; gradients pass through it, nothing is changed.
         layers: The layers by any name.
         batches: Examples of all workers; as many are used as hold ``tokens`` tokens.
+        objective: What the model predicts.
         tokens: See above.
         seed: Of the drawn answers; the global generator stays as it is.
         workers: Share the examples; all of them get the sums.
@@ -61,7 +63,7 @@ def output_metrics(
     def add(name: Name, gradients: Tensor) -> None:
         sums[name] = sums[name] + square(gradients) if name in sums else square(gradients)
 
-    pass_gradients(model, layers, workers.share(spread(batches, tokens)), add, seed=seed)
+    pass_gradients(model, layers, workers.share(spread(batches, tokens)), add, objective=objective, seed=seed)
     for name in layers:
         workers.sum_(sums[name])
         require_finite_gradients(sums[name], str(name), model.dtype)
@@ -93,6 +95,7 @@ def pass_gradients(
     batches: Batches,
     receive: Callable[[Name, Tensor], None],
     *,
+    objective: Objective,
     seed: int = 0,
 ) -> None:
     """Send gradients of the log-likelihood of drawn answers back through a model.
@@ -102,16 +105,23 @@ def pass_gradients(
         layers: The layers by any name.
         batches: Examples of this worker.
         receive: Gets the name of a layer and the gradients of its output, padding included, for every batch in turn.
+        objective: What the model predicts.
         seed: Of the drawn answers; the global generator stays as it is.
     """
     # Rounding of half precision is small beside the noise of drawn answers.
     generator = torch.Generator(model.device).manual_seed(seed)
-    with _gradients_at(layers, receive), frozen(model), torch.enable_grad(), half_precision(model.device):
+    embeddings = model.get_input_embeddings()
+    with ExitStack() as stack:
+        stack.enter_context(_gradients_at(layers, receive))
+        stack.enter_context(frozen(model))
+        # Heads look at the ids to find the last token, and some models to count positions, so embeddings do not replace
+        # them.
+        stack.callback(embeddings.register_forward_hook(_with_gradient).remove)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(half_precision(model.device))
         for batch in batches:
-            inputs = accepted_inputs(model, batch)
-            embedded = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_(True)
-            inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
-            log_likelihood(model(inputs_embeds=embedded, **inputs), batch, generator).backward()  # type: ignore[no-untyped-call]
+            found = log_likelihood(model(**accepted_inputs(model, batch)), batch, generator, objective)
+            found.backward()  # type: ignore[no-untyped-call]
 
 
 def square(gradients: Tensor) -> Tensor:
@@ -149,6 +159,11 @@ def _gradients_at(layers: Mapping[Name, nn.Module], receive: Callable[[Name, Ten
         yield
 
 
+def _with_gradient(_module: nn.Module, _given: Any, embedded: Tensor) -> Tensor:
+    """Where gradients end that pass through a model."""
+    return embedded.detach().requires_grad_(True)
+
+
 def _without_padding(module: nn.Module, gradients: Tensor) -> Tensor:
     """Gradients of what a layer computes: narrowed heads get zeros behind them by a hook, see ``pruned_modeling``."""
     hooks: Any = module._forward_hooks.values()
@@ -159,13 +174,16 @@ def _without_padding(module: nn.Module, gradients: Tensor) -> Tensor:
     return gradients
 
 
-def log_likelihood(output: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+def log_likelihood(
+    output: Any, batch: Mapping[str, Tensor], generator: torch.Generator, objective: Objective
+) -> Tensor:
     """Log-likelihood of answers drawn from what a model predicts, summed over them.
 
-    Classes and tokens are drawn from softmax; numbers and embeddings from a normal distribution around them.
+    Classes and tokens are drawn from softmax, independent labels from a sigmoid each; numbers and embeddings from a
+    normal distribution around them.
     """
     mask = batch["attention_mask"].bool()
-    found = predictions(output, mask.to(generator.device))
+    found = objective.predictions(output, mask.to(generator.device))
     drawn = [(_drawn if found.distribution else _moved)(part, generator) for part in found.parts]
     return torch.stack(drawn).sum()
 

@@ -15,7 +15,7 @@ from shrinkformer.errors import NumericalError
 from shrinkformer.prune.allocation import allocate_at_threshold, require_feasible
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.checkpoint import describe_sizes
-from shrinkformer.prune.divergence import Predictions, Target, predictions
+from shrinkformer.prune.divergence import Target
 from shrinkformer.prune.fisher import TOKENS, log_likelihood
 from shrinkformer.prune.guarded import prune_limited
 from shrinkformer.prune.masks import (
@@ -29,6 +29,7 @@ from shrinkformer.prune.masks import (
     wanted_outputs,
 )
 from shrinkformer.prune.methods import KPRUNE, require_method
+from shrinkformer.prune.objective import Objective, Predictions, objective_of
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.samples import spread
@@ -91,6 +92,7 @@ class KPrune:
     Attributes:
         model: The dense model, in evaluation mode; never changed.
         batches: The calibration examples as model inputs.
+        objective: What the model predicts.
         seed: Of the drawn answers.
         knowledge: Of the dense model.
         resources: Who shares the work.
@@ -104,6 +106,7 @@ class KPrune:
 
     model: PreTrainedModel
     batches: Batches
+    objective: Objective
     seed: int
     knowledge: Knowledge
     resources: Resources
@@ -136,7 +139,7 @@ class KPrune:
         """Prune a copy of the model, in place; gives what each part keeps and the relative error of its sublayer."""
         workers, kept, errors, changed = self.resources.workers, list[list[int]](), list[float](), False
         examples = workers.share(spread(self.batches, TOKENS))
-        loss = _divergence_from(self.model, examples)
+        loss = _divergence_from(self.model, examples, self.objective)
         every, share = parts_of(layer_views(model)), workers.share(self.batches)
         for parts, dense, passes in paired_blocks(self.model, layer_views(model), share, self.progress):
             for part in parts:
@@ -204,7 +207,7 @@ def contributions(part: Part, rows: Tensor) -> Tensor:
     return (second * metric).sum((1, 2))
 
 
-def _divergence_from(model: PreTrainedModel, batches: Batches) -> Loss:
+def _divergence_from(model: PreTrainedModel, batches: Batches, objective: Objective) -> Loss:
     """The divergence of a model's predictions from those of the dense one, both softened."""
     known: dict[int, Target] = {}
 
@@ -213,13 +216,13 @@ def _divergence_from(model: PreTrainedModel, batches: Batches) -> Loss:
             return known[index]
         with torch.no_grad():
             output = model(**accepted_inputs(model, batches[index]))
-        found = Target(softened(predictions(output, masks[index])))
+        found = Target(softened(objective.predictions(output, masks[index])))
         if not model.can_generate():  # a language model's predictions take more room than time
             known[index] = found
         return found
 
     masks = [batch["attention_mask"].bool().to(model.device) for batch in batches]
-    return lambda output, index: wanted(index).divergence(softened(predictions(output, masks[index])))
+    return lambda output, index: wanted(index).divergence(softened(objective.predictions(output, masks[index])))
 
 
 def softened(found: Predictions, temperature: float = _TEMPERATURE) -> Predictions:
@@ -233,6 +236,7 @@ def learn_kprune(
     model: PreTrainedModel,
     batches: Batches,
     *,
+    objective: Objective | None = None,
     seed: int = 0,
     progress: Progress = iter,
     resources: Resources | None = None,
@@ -242,6 +246,7 @@ def learn_kprune(
     Args:
         model: Any model with an architecture record, in memory as a whole.
         batches: Model inputs with an ``attention_mask``; labels are not needed.
+        objective: What the model predicts; by default what its own head does.
         seed: Of the answers that are drawn from the model's predictions.
         progress: Wraps loops over the blocks.
         resources: Who shares the work.
@@ -252,12 +257,13 @@ def learn_kprune(
     """
     resources, seconds = resources or Resources(), dict[str, float]()
     model.eval()
+    settled = (objective or objective_of(model)).scaled(model, batches, resources.workers)
     examples = resources.workers.share(spread(batches, TOKENS))
     generator = torch.Generator(model.device).manual_seed(seed)
 
     def loss(output: object, index: int) -> Tensor:
-        return log_likelihood(output, examples[index], generator)
+        return log_likelihood(output, examples[index], generator, settled)
 
     with timed(seconds, "calibration"):
         knowledge = measure(model, parts_of(layer_views(model)), examples, loss, resources.workers)
-    return KPrune(model, batches, seed, knowledge, resources, progress, seconds)
+    return KPrune(model, batches, settled, seed, knowledge, resources, progress, seconds)

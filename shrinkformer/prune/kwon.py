@@ -27,6 +27,7 @@ from shrinkformer.prune.masks import (
     wanted_outputs,
 )
 from shrinkformer.prune.methods import KWON
+from shrinkformer.prune.objective import Objective, objective_of
 from shrinkformer.prune.regression import Sums
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
@@ -196,6 +197,7 @@ def learn_kwon(
     model: PreTrainedModel,
     batches: Batches,
     *,
+    objective: Objective | None = None,
     seed: int = 0,
     progress: Progress = iter,
     resources: Resources | None = None,
@@ -205,6 +207,7 @@ def learn_kwon(
     Args:
         model: Any model with an architecture record, in memory as a whole.
         batches: Model inputs with an ``attention_mask``; labels are not needed.
+        objective: What the model predicts; by default what its own head does.
         seed: Of the answers that are drawn from the model's predictions.
         progress: Wraps loops over the blocks.
         resources: Who shares the work.
@@ -215,6 +218,7 @@ def learn_kwon(
     """
     resources, seconds = resources or Resources(), dict[str, float]()
     model.eval()
+    settled = (objective or objective_of(model)).scaled(model, batches, resources.workers)
     share = resources.workers.share(batches)
     parts = parts_of(layer_views(model))
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -222,7 +226,7 @@ def learn_kwon(
         found = list[Tensor]()
         rows = torch.zeros(0, sum(part.units for part in parts), dtype=torch.float64)
         for batch in mask_gradients(
-            model, parts, share, lambda output, index: log_likelihood(output, share[index], generator)
+            model, parts, share, lambda output, index: log_likelihood(output, share[index], generator, settled)
         ):
             rows = torch.cat([rows, torch.cat(batch.masks, dim=1).double().cpu()])
             while len(rows) >= _MINI_BATCH:

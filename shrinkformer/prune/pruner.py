@@ -12,6 +12,7 @@ from shrinkformer.prune.guarded import learn_guarded
 from shrinkformer.prune.kprune import learn_kprune
 from shrinkformer.prune.kwon import learn_kwon
 from shrinkformer.prune.methods import DEFAULT_METHOD, KPRUNE, KWON, SHRINK, is_fitted, require_method
+from shrinkformer.prune.objective import Objective
 from shrinkformer.prune.ranked import rank_units
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned
@@ -19,6 +20,7 @@ from shrinkformer.prune.shrink import learn
 from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import count_tokens
+from shrinkformer.utils.inputs import padded_right
 
 
 class Calibrated(Protocol):
@@ -49,6 +51,7 @@ def calibrate(
     progress: Progress = iter,
     resources: Resources | None = None,
     config: ShrinkConfig | None = None,
+    objective: Objective | None = None,
 ) -> Calibrated:
     """Learn everything about a model that pruning it to any budget needs.
 
@@ -60,6 +63,8 @@ def calibrate(
         progress: Wraps the loop over the blocks, for a progress bar.
         resources: For models larger than memory, for several processes, and for taking up an interrupted run.
         config: Choices of the method ``shrink``; other methods ignore it.
+        objective: What the model predicts; by default what its own head does, see
+            :func:`~shrinkformer.prune.objective.objective_of`. Methods that look at layers alone ignore it.
 
     Raises:
         InputError: The method is not known.
@@ -71,10 +76,11 @@ def calibrate(
         ShrinkformerWarning: There are fewer tokens than columns, columns are dead or huge, or batches had to be halved.
     """
     require_method(method)
+    batches = padded_right(batches)
     learners: dict[str, Callable[..., Calibrated]] = {
-        SHRINK: partial(learn, config=config),
-        KWON: learn_kwon,
-        KPRUNE: learn_kprune,
+        SHRINK: partial(learn, config=config, objective=objective),
+        KWON: partial(learn_kwon, objective=objective),
+        KPRUNE: partial(learn_kprune, objective=objective),
     }
     learner = learners.get(method, partial(rank_units, method=method))
     if is_fitted(method):
@@ -95,6 +101,7 @@ def prune_model(
     round_to: int = 1,
     uniform: bool = False,
     config: ShrinkConfig | None = None,
+    objective: Objective | None = None,
 ) -> Pruned:
     """A smaller copy of a model, in one call.
 
@@ -109,6 +116,7 @@ def prune_model(
         uniform: All blocks get the same sizes, so that what :func:`~shrinkformer.save` writes has the shape of a stock
             model and loads without code of ours.
         config: Choices of the method ``shrink``.
+        objective: What the model predicts; by default what its own head does.
 
     Raises:
         InputError: An argument is out of its range.
@@ -118,4 +126,4 @@ def prune_model(
         sequence_length = count_tokens(batches) / sum(len(batch["attention_mask"]) for batch in batches)
     budget = Budget(mu, sequence_length, round_to, uniform=uniform)
     require_method(method, uniform=uniform)
-    return calibrate(model, batches, method=method, seed=seed, config=config).prune(budget)
+    return calibrate(model, batches, method=method, seed=seed, config=config, objective=objective).prune(budget)

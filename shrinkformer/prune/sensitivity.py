@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.prune.fisher import TOKENS, pass_gradients, require_finite_gradients, square
+from shrinkformer.prune.objective import Objective
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import count_tokens, token_rows
@@ -51,7 +52,7 @@ class Sensitivity:
 
 
 def learn_sensitivity(
-    model: PreTrainedModel, batches: Batches, *, seed: int = 0, workers: Workers = ALONE
+    model: PreTrainedModel, batches: Batches, *, objective: Objective, seed: int = 0, workers: Workers = ALONE
 ) -> Sensitivity:
     """Learn from one backward pass, without labels, how much errors in the outputs of sublayers matter.
 
@@ -63,6 +64,7 @@ def learn_sensitivity(
     Args:
         model: In evaluation mode, in memory as a whole.
         batches: Examples of all workers.
+        objective: What the model predicts.
         seed: Of the drawn answers.
         workers: Share the examples; all of them get the same metrics.
 
@@ -84,7 +86,7 @@ def learn_sensitivity(
         norms[name].append(rows.square().sum(1))
         sums[name] = sums[name] + square(rows) if name in sums else square(rows)
 
-    pass_gradients(model, layers, share, receive, seed=seed)
+    pass_gradients(model, layers, share, receive, objective=objective, seed=seed)
     found = Sensitivity()
     for name in layers:
         workers.sum_(sums[name])

@@ -21,6 +21,7 @@ from shrinkformer.prune.latency_table import LatencyCosts, LatencyTable
 from shrinkformer.prune.ledger import name_of
 from shrinkformer.prune.levels import BlockLevels
 from shrinkformer.prune.methods import SHRINK
+from shrinkformer.prune.objective import Objective, objective_of
 from shrinkformer.prune.plan import LayerPlan, Plan, warn_of_surprise
 from shrinkformer.prune.ranked import Ranked, rank_units
 from shrinkformer.prune.resources import Resources
@@ -54,6 +55,7 @@ class Shrinker:
         batches: The calibration examples as model inputs, without those that were set aside.
         aside: Those.
         config: Choices of the method.
+        objective: What the model predicts.
         seed: Of the answers that are drawn from the model's predictions.
         sensitivity: How much errors matter; weights of tokens are those of ``batches``, then of ``aside``.
         levels: Smaller versions of each block.
@@ -71,6 +73,7 @@ class Shrinker:
     batches: Batches
     aside: Batches
     config: ShrinkConfig
+    objective: Objective
     seed: int
     sensitivity: Sensitivity
     levels: Sequence[BlockLevels]
@@ -113,8 +116,8 @@ class Shrinker:
             batches=batches,
             aside=aside,
             sensitivity=self.sensitivity.split(together(batches, aside)),
-            damage=Damage(self.model, batches, workers),
-            judge=Judge(self.model, aside, workers),
+            damage=Damage(self.model, batches, self.objective, workers),
+            judge=Judge(self.model, aside, self.objective, workers),
             rival=replace(self.rival, batches=batches),
         )
 
@@ -247,6 +250,7 @@ def learn(
     batches: Batches,
     config: ShrinkConfig | None = None,
     *,
+    objective: Objective | None = None,
     seed: int = 0,
     progress: Progress = iter,
     resources: Resources | None = None,
@@ -257,6 +261,7 @@ def learn(
         model: Any model with an architecture record, in memory as a whole.
         batches: Model inputs with an ``attention_mask``; labels are not needed.
         config: Choices of the method.
+        objective: What the model predicts; by default what its own head does.
         seed: Of the answers that are drawn from the model's predictions.
         progress: Wraps loops over the blocks.
         resources: Who shares the work, and what is known from an interrupted run.
@@ -268,6 +273,7 @@ def learn(
     config, resources = config or ShrinkConfig(), resources or Resources()
     model.eval()
     began, workers = perf_counter(), resources.workers
+    objective = (objective or objective_of(model)).scaled(model, batches, workers)
     seconds: dict[str, float] = {}
     levels = []
     batches, aside = hold_out(batches)
@@ -275,16 +281,17 @@ def learn(
     with torch.no_grad():
         moments = stream_statistics(model, batches, resources, progress=progress, inputs=QUERIES in narrow)
         found = [(view, of_block) for view, of_block in moments]
-    sensitivity = learn_sensitivity(model, together(batches, aside), seed=seed, workers=workers)
+    sensitivity = learn_sensitivity(model, together(batches, aside), objective=objective, seed=seed, workers=workers)
     for view, of_block in found:
         levels.append(BlockLevels(view, of_block.heads, of_block.neurons, of_block.inputs, sensitivity, model.config))
     seconds["calibration"] = perf_counter() - began
     with timed(seconds, "selection"):
-        few = Damage(model, batches, workers, tokens=FEW_TOKENS)
+        few = Damage(model, batches, objective, workers, tokens=FEW_TOKENS)
         curves = measure_curves(
             levels, few, whole_heads=config.whole_heads, progress=progress, values=resources.ledger.values
         )
-        damage, judge = Damage(model, batches, workers), Judge(model, aside, workers)
+        damage = Damage(model, batches, objective, workers)
+        judge = Judge(model, aside, objective, workers)
         latency = LatencyTable.measure(model, config.latency_shape, narrow=narrow) if config.latency_shape else None
         shared = Resources(workers=workers, ledger=resources.ledger)
         rival = rank_units(model, batches, method=RIVAL, seed=seed, resources=shared, moments=found)
@@ -293,6 +300,7 @@ def learn(
         batches=batches,
         aside=aside,
         config=config,
+        objective=objective,
         seed=seed,
         sensitivity=sensitivity,
         levels=levels,

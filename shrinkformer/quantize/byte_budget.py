@@ -12,6 +12,7 @@ from shrinkformer.errors import BudgetError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.curves import sized
 from shrinkformer.prune.guarded import learn_guarded
+from shrinkformer.prune.objective import Objective
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.shrink import Shrinker, learn
@@ -33,6 +34,7 @@ from shrinkformer.quantize.drafts import Drafts
 from shrinkformer.quantize.outside import outside_layers
 from shrinkformer.quantize.quantizer import quantize_
 from shrinkformer.quantize.tempering import errors_left
+from shrinkformer.utils.inputs import padded_right
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Compressor:
             dense=None if pruned is None else dense,
             progress=self.progress,
             resources=replace(self.shrinker.resources, store=None),
+            objective=self.shrinker.objective,
         )
         return Compressed(model, found, pruned)
 
@@ -143,6 +146,7 @@ def learn_bytes(
     limits: Budget,
     shrink: ShrinkConfig | None = None,
     *,
+    objective: Objective | None = None,
     seed: int = 0,
     progress: Progress = iter,
     resources: Resources | None = None,
@@ -155,6 +159,7 @@ def learn_bytes(
         config: Groups, kind of grid, quantizer and type of the scales; bits are chosen.
         limits: What every block must keep, and the length at which MACs are counted.
         shrink: How long to search; heads keep their width in any case, as readers of packed weights expect.
+        objective: What the model predicts; by default what its own head does.
         seed: Of the answers that are drawn from the model's predictions.
         progress: Wraps loops over the blocks.
         resources: Who shares the work.
@@ -165,10 +170,13 @@ def learn_bytes(
         NumericalError: The model computes NaN or infinity on the examples.
     """
     require_packable(model)
+    batches = padded_right(batches)
     resources, shrink = resources or Resources(), replace(shrink or ShrinkConfig(), whole_heads=True)
 
     def attempt(some: Batches) -> Compressor:
-        return _learn_bytes(model, some, config, limits, shrink, seed=seed, progress=progress, resources=resources)
+        return _learn_bytes(
+            model, some, config, limits, shrink, objective=objective, seed=seed, progress=progress, resources=resources
+        )
 
     return learn_guarded(attempt, model, batches, resources)
 
@@ -180,11 +188,12 @@ def _learn_bytes(
     limits: Budget,
     shrink: ShrinkConfig,
     *,
+    objective: Objective | None,
     seed: int,
     progress: Progress,
     resources: Resources,
 ) -> Compressor:
-    shrinker = learn(model, batches, shrink, seed=seed, progress=progress, resources=resources)
+    shrinker = learn(model, batches, shrink, objective=objective, seed=seed, progress=progress, resources=resources)
     seconds, costs = dict(shrinker.seconds), ByteCosts(model, config)
     with timed(seconds, "selection"):
         options = ByteOptions(shrinker, Drafts(shrinker, costs, config), costs, limits)

@@ -16,6 +16,7 @@ from shrinkformer.prune.columns import ColumnSurvey, warn_of_few_tokens
 from shrinkformer.prune.fisher import output_metrics
 from shrinkformer.prune.guarded import learn_guarded
 from shrinkformer.prune.health import require_finite_outputs
+from shrinkformer.prune.objective import Objective, objective_of
 from shrinkformer.prune.passes import BlockPasses, DensePass
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.sites import Site, block_sites
@@ -34,6 +35,7 @@ from shrinkformer.quantize.scales import require_scales
 from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.quantize.solver import Hessian
 from shrinkformer.quantize.target import Target, correct
+from shrinkformer.utils.inputs import padded_right
 from shrinkformer.utils.precision import half_precision
 
 
@@ -46,6 +48,7 @@ def quantize_(
     progress: Progress = iter,
     resources: Resources | None = None,
     store: QuantizedBlocks | None = None,
+    objective: Objective | None = None,
 ) -> Quantized:
     """Quantize the linear layers of a model's blocks, in place.
 
@@ -60,6 +63,7 @@ def quantize_(
         progress: Wraps the loop over the blocks, for a progress bar.
         resources: For several processes, and for hidden states that do not fit.
         store: Keeps finished blocks on disk, and gives back those of an interrupted run.
+        objective: What the model predicts, by which errors of outputs are weighed; by default what its own head does.
 
     Raises:
         InputError: A value of ``config`` does not fit the model.
@@ -72,7 +76,7 @@ def quantize_(
         ShrinkformerWarning: There are fewer tokens than columns, columns are dead or huge, scales are too small for
             their type, or batches had to be halved.
     """
-    config, resources = config or QuantizeConfig(), resources or Resources()
+    config, resources, batches = config or QuantizeConfig(), resources or Resources(), padded_right(batches)
     if dense is None:
         require_groups(model, config)
     require_outside(model, config)
@@ -81,7 +85,9 @@ def quantize_(
     began = perf_counter()
 
     def attempt(some: Batches) -> Quantized:
-        return _quantize(model, some, config, dense, progress=progress, resources=resources, store=store)
+        return _quantize(
+            model, some, config, dense, progress=progress, resources=resources, store=store, objective=objective
+        )
 
     quantized = learn_guarded(attempt, model, batches, resources)
     require_finite_outputs(model, batches, resources.workers)
@@ -98,10 +104,11 @@ def _quantize(
     progress: Progress,
     resources: Resources,
     store: QuantizedBlocks | None,
+    objective: Objective | None,
 ) -> Quantized:
     """One attempt, which may fail and be repeated as long as no block is finished."""
     run = BlockQuantizer(model, model if dense is None else dense, batches, config, resources=resources, store=store)
-    run.weigh_outputs(model, batches)
+    run.weigh_outputs(model, batches, objective)
     outside, quantized = Outside(model, batches, config, resources.workers), Quantized({}, [], config)
     names = {module: name for name, module in model.named_modules()}
     aims = None if dense is None else layer_views(dense)
@@ -182,7 +189,7 @@ class BlockQuantizer:
         if self._recipe.look_ahead:
             self._stream = BlockStream(model, self._share, self._resources.offload)
 
-    def weigh_outputs(self, model: PreTrainedModel, batches: Batches) -> None:
+    def weigh_outputs(self, model: PreTrainedModel, batches: Batches, objective: Objective | None = None) -> None:
         """Learn how much errors of each layer's outputs matter; the whole model must be in memory."""
         store, workers = self._store, self._resources.workers
         finished = {view.index for view in layer_views(model) if store is not None and store.holds(view.index)}
@@ -195,7 +202,8 @@ class BlockQuantizer:
             if view.index not in finished and self._scheme(view, site) is not None
         }
         if self._recipe.output_aware and layers:
-            self._metrics = output_metrics(model, layers, batches, workers=workers)
+            settled = (objective or objective_of(model)).scaled(model, batches, workers)
+            self._metrics = output_metrics(model, layers, batches, objective=settled, workers=workers)
 
     @torch.no_grad()
     def quantize(self, view: LayerView, aim: LayerView) -> list[Finished]:

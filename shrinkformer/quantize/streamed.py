@@ -29,6 +29,7 @@ from shrinkformer.quantize.layout import Format
 from shrinkformer.quantize.quantizer import BlockQuantizer
 from shrinkformer.quantize.resume import QuantizedBlocks
 from shrinkformer.quantize.scheme import Scheme
+from shrinkformer.utils.inputs import padded_right
 
 
 @dataclass
@@ -110,6 +111,7 @@ def quantize_to_folder(
             progress=progress,
         )
 
+    batches = padded_right(batches)
     if config.recipe.look_ahead:
         warn_of_few_tokens(model, batches)
     return learn_guarded(attempt, model, batches, resources)

@@ -72,5 +72,6 @@ def _quantized(
             replace(config, bits_of=bits_of, also=()),
             progress=progress,
             resources=replace(shrinker.resources, store=None),
+            objective=shrinker.objective,
         )
     return model
