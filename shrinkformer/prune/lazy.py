@@ -17,8 +17,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -33,7 +31,8 @@ from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.health import require_finite
 from shrinkformer.prune.opening import load_pretrained
 from shrinkformer.prune.pruned_modeling import pruned_class
-from shrinkformer.trust.weights import require_plain_archive, weight_map
+from shrinkformer.prune.tensors import require_used, stored_names
+from shrinkformer.trust.weights import block_of, require_plain_archive, weight_map
 
 _ALIGNMENT = 64  # bytes; what torch's own allocator keeps on CPUs
 _HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -144,6 +143,7 @@ def load_lazily(
     model = load_pretrained(emptied, location, new_head=True, config=config, dtype=dtype, **kwargs)
     model.to(device)
     model.__class__ = stock
+    model._keys_to_ignore_on_load_unexpected -= {_names_of_blocks(path)}  # not of its class but its own by now
     _put_submodule(model.base_model, path, taken[-1])
     model.eval()  # once more, for the blocks
     files = _weight_files(Path(cached_file(location, "config.json", **options)).parent)
@@ -170,9 +170,13 @@ def _without_blocks(stock: type[PreTrainedModel], path: str, taken: list[nn.Modu
         taken.append(self.base_model.get_submodule(path))
         _put_submodule(self.base_model, path, nn.ModuleList())
 
-    ignored = [*(stock._keys_to_ignore_on_load_unexpected or ()), rf"(^|\.){re.escape(path)}\.\d+\."]
+    ignored = [*(stock._keys_to_ignore_on_load_unexpected or ()), _names_of_blocks(path)]
     members = {"__init__": __init__, "__module__": stock.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
     return type(stock.__name__, (stock,), members)
+
+
+def _names_of_blocks(path: str) -> str:
+    return rf"(^|\.){re.escape(path)}\.\d+\."
 
 
 def _put_submodule(module: nn.Module, path: str, child: nn.Module) -> None:
@@ -197,7 +201,10 @@ def _weight_files(folder: Path) -> dict[str, Path]:
 
 def _find_blocks(model: PreTrainedModel, files: Mapping[str, Path]) -> list[dict[str, tuple[Path, str]]]:
     """File and stored name of every tensor of every block."""
-    stored = _stored_names(model, files)
+    stored = stored_names(model, files)
+    path, unused = find_architecture(model.config.model_type).layers, files.keys() - stored.values()
+    inside = [name for name in unused if block_of(name, path) is not None]  # the rest was looked at when it was loaded
+    require_used(model, inside, f"{next(iter(files.values())).parent}: ")
     paths = {module: path for path, module in model.named_modules()}
     blocks: list[dict[str, tuple[Path, str]]] = []
     for view in layer_views(model):
@@ -211,27 +218,6 @@ def _find_blocks(model: PreTrainedModel, files: Mapping[str, Path]) -> list[dict
             )
         blocks.append({name: (files[stored[path]], stored[path]) for name, path in whole.items()})
     return blocks
-
-
-def _stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Stored name by name in the model, for tensors that need no conversion; the rules are those of transformers.
-
-    Source: ``convert_and_load_state_dict_in_model`` in ``transformers/core_model_loading.py``, which has no public part
-    that says where a weight comes from.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    known = model.state_dict()
-    context = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": known}
-    found = {}
-    for key in keys:
-        name, converted = rename_source_key(key, renamings, converters, **context)
-        if name not in known and key in known:
-            name, converted = rename_source_key(key, [], [], **context)
-        if name in known and converted is None:
-            found[name] = key
-    return found
 
 
 def _read_tensors(file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -4,20 +4,22 @@ Every command and :func:`shrinkformer.load` come through here.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from shrinkformer.architectures import find_architecture
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.sentence_encoder import MODULES, module_folders
+from shrinkformer.prune.tensors import AGAIN, require_all, require_used, stored_names
 from shrinkformer.trust.configs import CONFIG, read_config, require_section
+from shrinkformer.trust.entries import require_known_entries
 from shrinkformer.trust.folders import require_own_files
 from shrinkformer.trust.foreign import foreign_errors, shortened
 from shrinkformer.trust.json_files import read_object
@@ -28,11 +30,6 @@ from shrinkformer.trust.weights import (
     read_weight_headers,
     weight_map,
 )
-
-_AGAIN = "download the model again, or save it again where it was made."
-
-_OPTIONAL = ("pooler", "position_ids", "inv_freq", "masked_bias", ".attn.bias", ".attention.bias")
-"""Parts of names that a checkpoint may lack: buffers, and a pooler that few tasks use."""
 
 
 def open_config(location: str | Path) -> PreTrainedConfig:
@@ -54,7 +51,8 @@ def open_config(location: str | Path) -> PreTrainedConfig:
         folder = Path(cached_file(str(location), CONFIG)).parent
     raw = read_config(folder)
     record = find_architecture(raw["model_type"])  # others may need code of their own, which is never run
-    with foreign_errors(CheckpointError, f"{folder / CONFIG} is no configuration of transformers", _AGAIN):
+    require_known_entries(raw, CONFIG_MAPPING[record.model_type], folder / CONFIG)
+    with foreign_errors(CheckpointError, f"{folder / CONFIG} is no configuration of transformers", AGAIN):
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
     require_section(raw, record.to_dict(), int(config.num_hidden_layers), folder / CONFIG)
     if local:
@@ -86,17 +84,15 @@ def require_weights(folder: Path, config: PreTrainedConfig) -> None:
     """
     headers = read_weight_headers(folder)
     require_blocks(headers, config, folder)
-    shapes = shapes_of(config, folder)
+    model = shapes_of(config, folder)
     if getattr(config, "quantization_config", None) is not None:
-        return  # shapes of packed integers are checked when they are unpacked
-    known = {name: tuple(tensor.shape) for name, tensor in shapes.state_dict().items()}
-    prefix = f"{shapes.base_model_prefix}."
-    for name, tensor in headers.items():
-        shape = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix(prefix))
-        if shape is not None and shape != tensor.shape:
-            raise CheckpointError(
-                f"{folder}: {shortened(name)} is {tensor.shape} in the file, {shape} by {CONFIG}; {_AGAIN}"
-            )
+        return  # names and shapes of packed integers are checked when they are unpacked
+    known, stored = model.state_dict(), stored_names(model, headers)
+    for name, key in stored.items():
+        wanted, found = tuple(known[name].shape), headers[key].shape
+        if wanted != found:
+            raise CheckpointError(f"{folder}: {shortened(key)} is {found} in the file, {wanted} by {CONFIG}; {AGAIN}")
+    require_used(model, headers.keys() - stored.values(), f"{folder}: ")
 
 
 def require_blocks(headers: Mapping[str, StoredTensor], config: PreTrainedConfig, folder: Path) -> None:
@@ -127,7 +123,7 @@ def shapes_of(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     if sized and chosen is None:
         raise CheckpointError(f"{folder}: {CONFIG} names {shortened(repr(name))}, which is no model of transformers.")
     where = f"{folder / CONFIG} describes no {shortened(name) or config.model_type}"
-    with foreign_errors(CheckpointError, where, _AGAIN), torch.device("meta"):
+    with foreign_errors(CheckpointError, where, AGAIN), torch.device("meta"):
         if isinstance(chosen, type) and issubclass(chosen, PreTrainedModel):
             made: PreTrainedModel = chosen(own)
         else:
@@ -157,7 +153,7 @@ def fetch_weights(location: str, config: PreTrainedConfig) -> None:
 def load_pretrained(
     chosen: Any, location: str | Path | None, *, new_head: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """What ``from_pretrained`` of a class returns, unless it made up a weight.
+    """What ``from_pretrained`` of a class returns, unless it made up a weight or let one fall.
 
     Args:
         chosen: The class.
@@ -166,28 +162,14 @@ def load_pretrained(
         **kwargs: Passed on.
 
     Raises:
-        CheckpointError: The weights cannot be read, or some are missing.
+        CheckpointError: The weights cannot be read, some are missing, or the model has no place for some.
     """
     where = "" if location is None else f"{location}: "
-    with foreign_errors(CheckpointError, f"{where}the weights cannot be read", _AGAIN):
+    with foreign_errors(CheckpointError, f"{where}the weights cannot be read", AGAIN):
         model, found = chosen.from_pretrained(location, output_loading_info=True, **kwargs)
     base = f"{model.base_model_prefix}."
     require_all((name for name in found["missing_keys"] if not new_head or name.startswith(base)), where)
+    require_used(model, found["unexpected_keys"], where)
     loaded: PreTrainedModel = model
     pruned_modeling.align(loaded)  # dense and smaller models are compared, in bits and in time
     return loaded
-
-
-def require_all(missing: Iterable[str], where: str) -> None:
-    """Check that no weight was made up, of which transformers only warns.
-
-    Raises:
-        CheckpointError: One was.
-    """
-    lacking = sorted(name for name in missing if not any(part in name for part in _OPTIONAL))
-    if lacking:
-        raise CheckpointError(
-            f"{where}the weight files lack {lacking[0]}"
-            + (f" and {len(lacking) - 1} other tensors" if len(lacking) > 1 else "")
-            + f", which config.json describes; {_AGAIN}"
-        )

@@ -1,0 +1,170 @@
+"""What a checkpoint says is taken, or said to be left out: entries of config.json, and tensors of its files."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM
+
+from shrinkformer.commands.locate import Source, load_model
+from shrinkformer.errors import CheckpointError, ShrinkformerWarning
+from shrinkformer.prune.lazy import load_lazily
+from shrinkformer.prune.opening import load_pretrained, open_config
+from tests.conftest import FAMILIES, build_model
+
+State = dict[str, Tensor]
+
+
+def checkpoint(
+    folder: Path,
+    family: str = "bert",
+    head: str | None = None,
+    *,
+    change: Callable[[State], State] | None = None,
+    as_bin: bool = False,
+    config: dict[str, Any] | None = None,
+    **sizes: Any,
+) -> Path:
+    """A tiny checkpoint whose tensors and entries were changed; an entry of ``...`` is taken away."""
+    build_model(family, head, **sizes).save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    if change is not None:
+        save_file(state := change(state), folder / "model.safetensors", metadata={"format": "pt"})
+    if as_bin:
+        torch.save(state, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    file = folder / "config.json"
+    entries = json.loads(file.read_text()) | (config or {})
+    file.write_text(json.dumps({name: value for name, value in entries.items() if value is not ...}))
+    return folder
+
+
+def added(name: str, *shape: int) -> Callable[[State], State]:
+    return lambda state: state | {name: torch.zeros(shape or (4,))}
+
+
+class TestEntries:
+    @pytest.mark.parametrize(
+        ("family", "name", "value"),
+        [
+            ("bert", "position_embedding_type", "relative_key"),
+            ("roberta", "position_embedding_type", "relative_key_query"),
+            ("electra", "adapters", {"adapters": {"sst": "houlsby"}, "config_map": {}}),
+            ("llama", "attn_logit_softcapping", 50.0),
+            ("llama", "residual_multiplier", 0.22),
+            ("mistral", "attention_bias", True),
+            ("qwen2", "is_causal", False),
+            ("llama", "quantization", {"group_size": 64, "bits": 4}),
+        ],
+    )
+    def test_what_transformers_would_forget_is_refused(
+        self, family: str, name: str, value: Any, tmp_path: Path
+    ) -> None:
+        folder = checkpoint(tmp_path, family, config={name: value})
+        with pytest.raises(CheckpointError, match=f"{name} is .* does not read for '{family}'"):
+            open_config(folder)
+
+    @pytest.mark.parametrize(
+        ("family", "entries"),
+        [
+            (
+                "bert",
+                {"position_embedding_type": "absolute", "adapters": {"adapters": {}}, "use_cache": True},
+            ),
+            ("distilbert", {"tie_weights_": True, "output_past": True, "is_decoder": False, "seed_dropout": 0.1}),
+            ("llama", {"attention_multiplier": None, "residual_multiplier": 1.0, "rope_theta": 1e4, "min_length": 3}),
+            ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 10000, "position_embedding_type": "rotary"}),
+            ("qwen2", {"head_dim": 8, "use_sliding_window": False}),  # not declared, and read all the same
+            ("opt", {"activation_dropout": 0.0, "prefix": "</s>", "layer_types": ["full_attention"] * 3}),
+        ],
+    )
+    def test_neutral_values_records_and_what_is_read_pass_without_a_word(
+        self, family: str, entries: dict[str, Any], tmp_path: Path
+    ) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ShrinkformerWarning)
+            open_config(checkpoint(tmp_path, family, config=entries))
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_own_configurations_pass_without_a_word(self, family: str, tmp_path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ShrinkformerWarning)
+            open_config(checkpoint(tmp_path, family))
+
+    def test_what_nobody_knows_is_said_with_its_value(self, tmp_path: Path) -> None:
+        folder = checkpoint(tmp_path, config={"token_mixing": "conv", "auto_map": {"AutoModel": "own.MixedBert"}})
+        with pytest.warns(ShrinkformerWarning) as said:
+            open_config(folder)
+        texts = [str(entry.message) for entry in said]
+        assert any("nothing in transformers reads token_mixing: 'conv'" in text for text in texts)
+        assert any("auto_map names code of the model's own (own.MixedBert)" in text for text in texts)
+
+
+class TestTensors:
+    @pytest.mark.parametrize(
+        ("family", "name", "said"),
+        [
+            ("bert", "bert.encoder.layer.1.attention.self.distance_embedding.weight", "another model would be built"),
+            ("roberta", "roberta.encoder.layer.0.output.adapters.a.weight", "merge it"),
+            ("llama", "model.layers.0.self_attn.q_proj.lora_A.default.weight", "merge it"),
+            ("qwen2", "model.layers.2.self_attn.q_norm.weight", "another model would be built"),
+            ("distilbert", "crf.transitions", "another model would be built"),
+            ("opt", "model.decoder.extra.bias", "another model would be built"),
+        ],
+    )
+    @pytest.mark.parametrize("as_bin", [False, True])
+    def test_what_has_no_place_is_refused_before_anything_is_loaded(
+        self, family: str, name: str, said: str, as_bin: bool, tmp_path: Path
+    ) -> None:
+        folder = checkpoint(tmp_path, family, change=added(name), as_bin=as_bin)
+        with pytest.raises(CheckpointError, match=f"has no place for {name}.*{said}"):
+            open_config(folder)
+
+    def test_in_memory_and_block_by_block_too(self, tmp_path: Path) -> None:
+        name = "model.layers.1.self_attn.q_norm.weight"
+        folder = checkpoint(tmp_path, "llama", change=added(name))
+        with pytest.raises(CheckpointError, match=f"has no place for {name}"):
+            load_pretrained(AutoModelForCausalLM, folder)
+        with pytest.raises(CheckpointError, match=f"has no place for {name}"):
+            load_lazily(AutoModelForCausalLM, str(folder), dtype=torch.float32)
+
+    @pytest.mark.parametrize(
+        ("family", "name"),
+        [
+            ("bert", "bert.embeddings.position_ids"),
+            ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+            ("gpt2", "transformer.h.0.attn.bias"),
+            ("gpt_neox", "gpt_neox.layers.1.attention.masked_bias"),
+            ("roberta", "roberta.embeddings.token_type_ids"),
+        ],
+    )
+    def test_buffers_of_old_files_pass_without_a_word(self, family: str, name: str, tmp_path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ShrinkformerWarning)
+            open_config(checkpoint(tmp_path, family, change=added(name)))
+
+    @pytest.mark.parametrize(
+        ("family", "head", "name"),
+        [
+            ("bert", "ForMaskedLM", "cls.seq_relationship.weight"),
+            ("distilbert", "ForSequenceClassification", "vocab_projector.weight"),
+            ("llama", "ForCausalLM", "score.weight"),
+            ("electra", "Model", "discriminator_predictions.dense.weight"),
+        ],
+    )
+    def test_another_head_is_left_out_with_a_warning(self, family: str, head: str, name: str, tmp_path: Path) -> None:
+        folder = checkpoint(tmp_path, family, head, change=added(name, 2, 32))
+        with pytest.warns(ShrinkformerWarning, match=rf"no place for the head in the file \({name}\)"):
+            open_config(folder)
+
+    def test_a_head_that_is_not_asked_for_is_left_out_with_a_warning(self, tmp_path: Path) -> None:
+        folder = checkpoint(tmp_path)
+        source = Source("tiny", str(folder), open_config(folder))
+        with pytest.warns(ShrinkformerWarning, match=r"BertModel has no place for the head .*classifier\.bias and 1"):
+            load_model(source, AutoModel, "cpu", torch.float32)
