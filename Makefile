@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow docs lint format setup setup-dev clean
+.PHONY: demo test test-slow test-processors docs lint format setup setup-dev clean
 
 demo: setup
 	$(BIN)/python prune_bert.py --model_name all-MiniLM-L6-v2 --task_name similarity --mu 0.5 --bundled_data
@@ -14,6 +14,10 @@ test: lint
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m "slow or gpu"
+
+# What depends on rounding, as on other processors: bfloat16 on and off, 1 and 2 threads, fewer instructions.
+test-processors: setup-dev
+	PYTHON=$(BIN)/python .ci/processors -n auto --dist loadfile
 
 docs: setup-dev
 	$(BIN)/python -m mkdocs build --strict

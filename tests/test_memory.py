@@ -205,8 +205,16 @@ class TestPruning:
             errors = [[layer.ffn_error for layer in plan.layers] for plan in (found.plan, expected.plan)]
             assert errors[0] == pytest.approx(errors[1], rel=0.3)
             return
+        # Sums of smaller batches are rounded otherwise, by some 1e-7 of the rows. Outputs follow that (3e-6 with noise
+        # of this size); weights do in directions that the examples show, and in others as far as the ridge of 1e-6
+        # lets them: by 1e-7 / sqrt(1e-6) = 1e-4 of their norm. Both get a tenfold margin.
+        with torch.no_grad():
+            ours, wanted = (
+                torch.cat([one.model(**batch).logits for batch in limited(BATCHES, 4)]) for one in (found, expected)
+            )
+        assert float((ours - wanted).norm() / wanted.norm()) < 3e-5
         for name, weight in expected.model.state_dict().items():
-            torch.testing.assert_close(found.model.state_dict()[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+            assert float((found.model.state_dict()[name] - weight).norm() / weight.norm()) < 1e-3, name
 
     def test_one_example_is_too_much(self) -> None:
         with pytest.raises(

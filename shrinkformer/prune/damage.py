@@ -59,7 +59,7 @@ class Damage:
     @torch.no_grad()
     def start(self) -> None:
         """Let the examples enter the model anew, after a change before its blocks; blocks have to be entered next."""
-        with half_precision(self._device):
+        with half_precision(self._device, self._model.dtype):
             self._stream = BlockStream(self._model, self._share)
             self._entrances = [[self._stream.hidden(index) for index in range(len(self._stream))]]
 
@@ -67,7 +67,7 @@ class Damage:
     def enter(self, blocks: Sequence[nn.Module]) -> None:
         """Put the examples at the entrances of other blocks."""
         del self._entrances[1:]
-        with half_precision(self._device):
+        with half_precision(self._device, self._model.dtype):
             for block in blocks[:-1]:
                 before = self._entrances[-1]
                 self._entrances.append([self._behind([block], before, index) for index in range(len(self._stream))])
@@ -85,7 +85,7 @@ class Damage:
         return self._stream.hidden(index)
 
     def _predictions(self, blocks: Sequence[nn.Module], start: int) -> Iterator[Predictions]:
-        with half_precision(self._device):
+        with half_precision(self._device, self._model.dtype):
             for index in range(len(self._stream)):
                 self._behind(blocks[start:], self._entrances[start], index)
             for index, output in enumerate(self._stream.outputs()):

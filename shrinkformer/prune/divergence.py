@@ -118,5 +118,5 @@ class Judge:
     @torch.no_grad()
     def _of_batch(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Predictions:
         mask = batch["attention_mask"].bool().to(model.device)
-        with half_precision(model.device):
+        with half_precision(model.device, model.dtype):
             return self._objective.predictions(model(**model_inputs(model, batch)), mask)

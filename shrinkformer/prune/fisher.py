@@ -118,7 +118,7 @@ def pass_gradients(
         # them.
         stack.callback(embeddings.register_forward_hook(_with_gradient).remove)
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(half_precision(model.device))
+        stack.enter_context(half_precision(model.device, model.dtype))
         for batch in batches:
             found = log_likelihood(model(**accepted_inputs(model, batch)), batch, generator, objective)
             found.backward()  # type: ignore[no-untyped-call]

@@ -103,7 +103,7 @@ def observe(
     ]
     for index in range(len(passes.stream)):
         fold = found[(index * workers.size + workers.rank) % folds]
-        with half_precision(device) if rounded else nullcontext():
+        with half_precision(device, linear.weight.dtype) if rounded else nullcontext():
             rows, lacking = _look(site, passes, dense, index)
         if rounded:
             rows, *lacking = (round_rows(some) for some in (rows, *lacking))

@@ -176,6 +176,7 @@ class BlockQuantizer:
     ) -> None:
         self._config, self._recipe, self._resources, self._store = config, config.recipe, resources, store
         self._prefix = block_prefix(model)
+        self._dtype = model.dtype
         self._fast = config.fast and model.dtype != torch.float64
         self._sites = block_sites(layer_views(model)[0].architecture, config.layers)
         self._metrics: dict[tuple[int, str], Tensor] = {}
@@ -234,7 +235,7 @@ class BlockQuantizer:
 
     def _precision(self, device: torch.device) -> AbstractContextManager[object]:
         """In which examples pass."""
-        return half_precision(device) if self._fast else nullcontext()
+        return half_precision(device, self._dtype) if self._fast else nullcontext()
 
     def _quantize(self, view: LayerView, aim: LayerView) -> Iterator[Finished]:
         sites = [site for site in self._sites if self._scheme(view, site) is not None]

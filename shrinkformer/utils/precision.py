@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shrinkformer.errors import NumericalError
+from shrinkformer.utils.processor import Processor
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def fast_products(device: torch.device) -> Iterator[None]:
 
     After :func:`round_rows`, such products are exact. Where a processor has no units for them, nothing changes.
     """
-    with _products("tf32", "bf16", device):
+    with _products("tf32", "bf16" if Processor.here().bf16_products else "ieee", device):
         yield
 
 
@@ -69,9 +70,15 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-def half_precision(device: torch.device) -> torch.autocast:
-    """Let models compute in bfloat16 where that is fast, with float32 weights and sums."""
-    fast = device.type != "cpu" or getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16", False)
+def half_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Let models compute in bfloat16 where that is fast, with float32 weights and sums.
+
+    Args:
+        device: Of the model.
+        dtype: Of the model. One of half precision computes in its own type, as it will when it is used: a second type
+            between its layers would be less exact, and norms take no two types at once.
+    """
+    fast = dtype == torch.float32 and (device.type != "cpu" or Processor.here().bf16_autocast)
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
