@@ -148,8 +148,8 @@ def _gradients_at(layers: Mapping[Name, nn.Module], receive: Callable[[Name, Ten
     """Hand on the gradients of each layer's output whenever some arrive."""
 
     def hook_for(name: Name) -> Any:
-        def hook(module: nn.Module, _given: Any, gradients: tuple[Tensor, ...]) -> None:
-            receive(name, _without_padding(module, gradients[0]))
+        def hook(_module: nn.Module, _given: Any, gradients: tuple[Tensor, ...]) -> None:
+            receive(name, gradients[0])
 
         return hook
 
@@ -162,16 +162,6 @@ def _gradients_at(layers: Mapping[Name, nn.Module], receive: Callable[[Name, Ten
 def _with_gradient(_module: nn.Module, _given: Any, embedded: Tensor) -> Tensor:
     """Where gradients end that pass through a model."""
     return embedded.detach().requires_grad_(True)
-
-
-def _without_padding(module: nn.Module, gradients: Tensor) -> Tensor:
-    """Gradients of what a layer computes: narrowed heads get zeros behind them by a hook, see ``pruned_modeling``."""
-    hooks: Any = module._forward_hooks.values()
-    for hook in hooks:
-        if hasattr(hook, "narrow") and hasattr(hook, "wide"):
-            heads: Tensor = gradients.unflatten(-1, (-1, hook.wide))  # type: ignore[no-untyped-call]
-            return heads[..., : hook.narrow].flatten(-2)
-    return gradients
 
 
 def log_likelihood(

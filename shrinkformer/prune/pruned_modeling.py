@@ -7,11 +7,13 @@ the same, because pipelines, trainers and exporters look at them. The classes ar
 set of stock classes is not ours to list.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -37,9 +39,8 @@ def set_block_sizes(
         query_width: Width of a head's queries and keys; None leaves it as it is.
         value_width: Width of a head's values; None leaves it as it is.
 
-    Where the two widths differ, stock attention still gets heads of one width: the narrower vectors are padded with
-    zeros behind their linear layer, which changes no score and no context, and the padding of values is taken away
-    before the output projection.
+    Where the two widths differ, the attention module becomes one that knows both, see :func:`narrow_attention`; its
+    layers are ordinary ones, which others may wrap or replace.
     """
     attention, feed_forward = architecture["attention"], architecture["feed_forward"]
     module: Any = block.get_submodule(attention["module"])
@@ -56,15 +57,16 @@ def set_block_sizes(
         _resize(block, attention["key"], outputs=heads * query_width)
         _resize(block, attention["value"], outputs=heads * value_width)
     _resize(block, attention["output"], inputs=queries * value_width)
-    if query_width < width:
-        for path in (attention["query"], attention["key"]):
-            block.get_submodule(path).register_forward_hook(_Pad(query_width, width))
-    if value_width < width:
-        block.get_submodule(attention["value"]).register_forward_hook(_Pad(value_width, width))
-        block.get_submodule(attention["output"]).register_forward_pre_hook(_Cut(value_width, width))
     if (query_width, value_width) != (before, before):
         setattr(module, attention["head_size_attribute"], width)
         module.query_width, module.value_width = query_width, value_width
+    module.__class__ = _stock(module.__class__)
+    if query_width != value_width:
+        module.__class__ = narrow_attention(module.__class__)
+        inside = f"{attention['module']}."
+        parts = ("query", "key") if query_width < value_width else ("value",)
+        module.padded = [attention[part].removeprefix(inside) for part in parts]
+        module.cut = attention["output"].removeprefix(inside) if attention["output"].startswith(inside) else ""
     for path in feed_forward["inputs"]:
         _resize(block, path, outputs=neurons)
     _resize(block, feed_forward["output"], inputs=neurons)
@@ -74,28 +76,71 @@ def set_block_sizes(
         setattr(module, name, heads * width)
 
 
-class _Pad:
-    """Forward hook: every head's part of a layer's output gets zeros behind it."""
+@functools.cache
+def narrow_attention(stock: Any) -> Any:
+    """The class of attention modules whose queries and keys, or whose values, are narrower than their heads.
 
-    def __init__(self, narrow: int, wide: int) -> None:
-        self.narrow, self.wide = narrow, wide
+    Stock code runs as it is, with heads of one width: behind narrower vectors it finds zeros, which change no score and
+    no context, and the zeros of contexts are gone before the output projection.
+    """
 
-    def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        heads = output.view(*output.shape[:-1], -1, self.narrow)
-        return nn.functional.pad(heads, (0, self.wide - self.narrow)).flatten(-2)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        context, *rest = stock.forward(_Widened(self), *args, **kwargs)
+        if self.value_width < self.query_width and not self.cut:  # the output projection is in another module
+            context = _cut(context, self.value_width, self.query_width)
+        return (context, *rest)
+
+    def __reduce_ex__(self: Any, _protocol: Any) -> Any:  # noqa: N807
+        return _empty_attention, (stock,), self.__dict__  # classes made on demand are not found by name
+
+    own = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": __name__, "stock": stock}
+    return type(stock.__name__, (stock,), own)
 
 
-class _Cut:
-    """Forward pre-hook: the padding goes before a layer sees it; an input without padding passes."""
+def _empty_attention(stock: Any) -> Any:
+    made = narrow_attention(stock)
+    return made.__new__(made)
 
-    def __init__(self, narrow: int, wide: int) -> None:
-        self.narrow, self.wide = narrow, wide
 
-    def __call__(self, module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        if args[0].shape[-1] == module.in_features:
-            return args
-        heads = args[0].view(*args[0].shape[:-1], -1, self.wide)
-        return (heads[..., : self.narrow].flatten(-2), *args[1:])
+class _Widened:
+    """What stock code takes for its attention module: all its attributes, but layers that give and take wide heads.
+
+    It asks the module for its layers whenever it runs, so that a layer may be anything that computes the same.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        narrow, wide = sorted((module.query_width, module.value_width))
+        for name in module.padded:
+            setattr(self, name, _padding(getattr(module, name), narrow, wide))
+        if module.value_width < module.query_width and module.cut:
+            setattr(self, module.cut, _cutting(getattr(module, module.cut), narrow, wide))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _padding(layer: Callable[[Tensor], Tensor], narrow: int, wide: int) -> Callable[[Tensor], Tensor]:
+    def padded(hidden: Tensor) -> Tensor:
+        output = layer(hidden)
+        heads = output.view(*output.shape[:-1], -1, narrow)
+        return nn.functional.pad(heads, (0, wide - narrow)).flatten(-2)
+
+    return padded
+
+
+def _cutting(layer: Callable[[Tensor], Tensor], narrow: int, wide: int) -> Callable[[Tensor], Tensor]:
+    return lambda context: layer(_cut(context, narrow, wide))
+
+
+def _cut(context: Tensor, narrow: int, wide: int) -> Tensor:
+    """Contexts without the zeros behind the values of each head."""
+    return context.view(*context.shape[:-1], -1, wide)[..., :narrow].flatten(-2)
+
+
+def _stock(made: Any) -> Any:
+    """The class that one of this file's was made from; another class is its own."""
+    return vars(made).get("stock", made)
 
 
 def _resize(block: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None) -> None:
