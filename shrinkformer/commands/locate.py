@@ -229,10 +229,19 @@ def model_class(source: Source, task: Task | None) -> Any:
 
 
 def class_of(source: Source) -> Any:
-    """The class that loads a checkpoint with the head it was saved with; an Auto class where it was not pruned."""
+    """The class that loads a checkpoint with the head it was saved with; an Auto class where it was not pruned.
+
+    Raises:
+        InputError: Nothing says which head that is.
+    """
+    architecture = (getattr(source.config, "architectures", None) or [""])[0]
+    if not architecture:
+        raise InputError(
+            f"{source.name}: its config.json names no architectures, and its files do not tell which head it has; add "
+            'the class, such as "architectures": ["BertForSequenceClassification"].'
+        )
     if source.pruned:
         return model_class(source, None)
-    architecture = (getattr(source.config, "architectures", None) or [""])[0]
     return getattr(transformers, auto_class(architecture))
 
 
@@ -263,11 +272,12 @@ def load_model(
     with foreign_errors(CheckpointError, f"{source.location}: the weights cannot be read", "download the model again."):
         fetch_weights(source.location, source.config)
         if lazily:
-            return load_lazily(chosen, source.location, dtype=dtype, device=device)
+            return load_lazily(chosen, source.location, dtype=dtype, device=device, config=copy.deepcopy(source.config))
         if source.pruned or source.quantized:
             model: PreTrainedModel = load(source.location, dtype=dtype)
         else:
-            model = load_pretrained(chosen, source.location, dtype=dtype, trust_remote_code=False)
+            config = copy.deepcopy(source.config)
+            model = load_pretrained(chosen, source.location, config=config, dtype=dtype, trust_remote_code=False)
     moved: Any = model.to(device)
     return moved.eval(), InMemory()
 

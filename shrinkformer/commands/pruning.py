@@ -160,12 +160,13 @@ def _prune_lazily(
     plan, spent = prune_to_folder(calibrated, budget, folder, dtype=job.source.dtype, tokenizer=job.tokenizer)
     seconds |= spent
     job.workers.barrier()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if job.workers.is_main:
-        custom = not is_stock(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        custom = not is_stock(config)
         write_atomically(folder / "README.md", _card(session, folder, plan, custom=custom))
     job.say(f"saved to {folder}")
     with timed(seconds, "evaluation"):
-        saved = replace(job.source, location=str(folder))
+        saved = replace(job.source, location=str(folder), config=config)
         model, weights = load_model(saved, job.chosen, job.device, job.dtype, lazily=True)
         pruned = measure(session, model, replace(session.resources, weights=weights), folder)
     return session.dense, pruned, plan

@@ -222,7 +222,7 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     config = open_config(path)
     if is_stock(config) and not (path / PLAN_FILE).exists():
         raise CheckpointError(f"{path} was not pruned by shrinkformer; load it with transformers' Auto classes.")
-    return load_pretrained(written_class(path, config), path, **kwargs)
+    return load_pretrained(written_class(path, config), path, **{"config": config} | kwargs)
 
 
 def written_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -7,23 +7,16 @@ are mapped for as long as a tensor is read, and no longer, because mapped pages 
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-)
+from transformers.utils import cached_file
 
 from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.errors import CheckpointError
@@ -32,7 +25,8 @@ from shrinkformer.prune.health import require_finite
 from shrinkformer.prune.opening import load_pretrained
 from shrinkformer.prune.pruned_modeling import pruned_class
 from shrinkformer.prune.tensors import require_used, stored_names
-from shrinkformer.trust.weights import block_of, require_plain_archive, weight_map
+from shrinkformer.prune.weight_files import read_tensors, weight_files
+from shrinkformer.trust.weights import block_of
 
 _ALIGNMENT = 64  # bytes; what torch's own allocator keeps on CPUs
 _HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -78,7 +72,7 @@ class OnDisk:
         targets = _one_piece(module.state_dict(), self._device)
         for file in sorted({file for file, _ in places.values()}):
             names = {stored: name for name, (place, stored) in places.items() if place == file}
-            for stored, tensor in _read_tensors(file, names):
+            for stored, tensor in read_tensors(file, names):
                 target = targets.get(names[stored])
                 if target is None or target.shape != tensor.shape or targets.keys() != places.keys():
                     raise CheckpointError(
@@ -146,7 +140,7 @@ def load_lazily(
     model._keys_to_ignore_on_load_unexpected -= {_names_of_blocks(path)}  # not of its class but its own by now
     _put_submodule(model.base_model, path, taken[-1])
     model.eval()  # once more, for the blocks
-    files = _weight_files(Path(cached_file(location, "config.json", **options)).parent)
+    files = weight_files(Path(cached_file(location, "config.json", **options)).parent)
     return model, OnDisk([view.block for view in layer_views(model)], _find_blocks(model, files), device)
 
 
@@ -184,21 +178,6 @@ def _put_submodule(module: nn.Module, path: str, child: nn.Module) -> None:
     setattr(module.get_submodule(parent), name, child)
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """The file of every stored tensor by its stored name; files are looked for in the order of ``from_pretrained``."""
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        file = folder / name
-        if not file.is_file():
-            continue
-        if file.suffix == ".json":
-            return {key: folder / shard for key, shard in weight_map(file).items()}
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                return dict.fromkeys(tensors.keys(), file)
-        return dict.fromkeys(_load_bin(file), file)
-    raise CheckpointError(f"{folder} has no {SAFE_WEIGHTS_NAME}, no {WEIGHTS_NAME} and no index of several files.")
-
-
 def _find_blocks(model: PreTrainedModel, files: Mapping[str, Path]) -> list[dict[str, tuple[Path, str]]]:
     """File and stored name of every tensor of every block."""
     stored = stored_names(model, files)
@@ -218,21 +197,3 @@ def _find_blocks(model: PreTrainedModel, files: Mapping[str, Path]) -> list[dict
             )
         blocks.append({name: (files[stored[path]], stored[path]) for name, path in whole.items()})
     return blocks
-
-
-def _read_tensors(file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a file with their stored names; of a safetensors file, each is read through a mapping of its own."""
-    if file.suffix == ".safetensors":
-        for name in names:
-            with safe_open(file, framework="pt") as tensors:
-                yield name, tensors.get_tensor(name)
-    else:
-        tensors = _load_bin(file)
-        yield from ((name, tensors[name]) for name in names)
-
-
-def _load_bin(file: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.bin`` file; mapped, not read, unless PyTorch wrote it before version 1.6."""
-    mapped = require_plain_archive(file)
-    tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    return tensors

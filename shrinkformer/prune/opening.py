@@ -16,6 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from shrinkformer.architectures import find_architecture
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
+from shrinkformer.prune.corrected import correct_class, correct_dtype, correct_heads, correct_tying
 from shrinkformer.prune.sentence_encoder import MODULES, module_folders
 from shrinkformer.prune.tensors import AGAIN, require_all, require_used, stored_names
 from shrinkformer.trust.configs import CONFIG, read_config, require_section
@@ -34,6 +35,9 @@ from shrinkformer.trust.weights import (
 
 def open_config(location: str | Path) -> PreTrainedConfig:
     """The configuration of a checkpoint, after everything that can be known without its weights was checked.
+
+    Where it and the files differ in the type of weights, in a head that is tied or not, or in heads that an old version
+    of transformers took away, or where it names no class, the files are believed.
 
     Args:
         location: A folder, or a name on the hub, of which no more than the configuration is fetched.
@@ -55,6 +59,7 @@ def open_config(location: str | Path) -> PreTrainedConfig:
     with foreign_errors(CheckpointError, f"{folder / CONFIG} is no configuration of transformers", AGAIN):
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
     require_section(raw, record.to_dict(), int(config.num_hidden_layers), folder / CONFIG)
+    correct_heads(config, raw, record, folder / CONFIG)
     if local:
         require_weights(folder, config)
         _require_side_files(folder)
@@ -77,13 +82,15 @@ def require_weights(folder: Path, config: PreTrainedConfig) -> None:
 
     Args:
         folder: With the files; a folder without any, such as one with an ONNX file, passes.
-        config: Of the model.
+        config: Of the model; corrected in place where it may be, see :func:`open_config`.
 
     Raises:
         CheckpointError: They do not, or no model can be built from the configuration.
     """
     headers = read_weight_headers(folder)
     require_blocks(headers, config, folder)
+    correct_dtype(config, headers, folder)
+    correct_class(config, headers, find_architecture(config.model_type), folder / CONFIG)
     model = shapes_of(config, folder)
     if getattr(config, "quantization_config", None) is not None:
         return  # names and shapes of packed integers are checked when they are unpacked
@@ -93,6 +100,7 @@ def require_weights(folder: Path, config: PreTrainedConfig) -> None:
         if wanted != found:
             raise CheckpointError(f"{folder}: {shortened(key)} is {found} in the file, {wanted} by {CONFIG}; {AGAIN}")
     require_used(model, headers.keys() - stored.values(), f"{folder}: ")
+    correct_tying(config, model, stored, folder)
 
 
 def require_blocks(headers: Mapping[str, StoredTensor], config: PreTrainedConfig, folder: Path) -> None:
@@ -168,7 +176,7 @@ def load_pretrained(
     with foreign_errors(CheckpointError, f"{where}the weights cannot be read", AGAIN):
         model, found = chosen.from_pretrained(location, output_loading_info=True, **kwargs)
     base = f"{model.base_model_prefix}."
-    require_all((name for name in found["missing_keys"] if not new_head or name.startswith(base)), where)
+    require_all(model, (name for name in found["missing_keys"] if not new_head or name.startswith(base)), where)
     require_used(model, found["unexpected_keys"], where)
     loaded: PreTrainedModel = model
     pruned_modeling.align(loaded)  # dense and smaller models are compared, in bits and in time

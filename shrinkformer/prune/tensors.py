@@ -47,10 +47,11 @@ def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def require_all(missing: Iterable[str], where: str) -> None:
+def require_all(model: PreTrainedModel, missing: Iterable[str], where: str) -> None:
     """Check that no weight was made up, of which transformers only warns.
 
     Args:
+        model: What was built.
         missing: Names of weights of a model that are in no file.
         where: Begins the message.
 
@@ -58,8 +59,12 @@ def require_all(missing: Iterable[str], where: str) -> None:
         CheckpointError: One was.
     """
     lacking = sorted(name for name in missing if not is_optional(name))
-    if lacking:
-        raise CheckpointError(f"{where}the weight files lack {_counted(lacking)}, which config.json describes; {AGAIN}")
+    if not lacking:
+        return
+    remedy = AGAIN
+    if set(lacking) <= set(type(model)._tied_weights_keys or ()):
+        remedy = 'if the embeddings serve as the head, say so there: "tie_word_embeddings": true.'
+    raise CheckpointError(f"{where}the weight files lack {_counted(lacking)}, which config.json describes; {remedy}")
 
 
 def require_used(model: PreTrainedModel, unused: Iterable[str], where: str) -> None:
