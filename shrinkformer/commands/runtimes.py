@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from shrinkformer.efficiency.latency import Timed, call_model
 from shrinkformer.errors import InputError, ShrinkformerError
+from shrinkformer.utils.inputs import call
 
 EAGER, COMPILE, ONNX = "eager", "compile", "onnx"
 
@@ -102,11 +103,10 @@ class CachedStep:
         ids = batch["input_ids"]
         if self._prompt is not ids:
             self._prompt, self._mask = ids, batch["attention_mask"]
-            self._cache = self._model(**batch, use_cache=True).past_key_values
+            self._cache = call(self._model, {**batch, "use_cache": True}).past_key_values
         self._mask = torch.cat([self._mask, self._mask[:, :1]], dim=1)
-        output = self._model(
-            input_ids=ids[:, -1:], attention_mask=self._mask, past_key_values=self._cache, use_cache=True
-        )
+        step = {"input_ids": ids[:, -1:], "attention_mask": self._mask, "past_key_values": self._cache}
+        output = call(self._model, {**step, "use_cache": True})
         self._cache = output.past_key_values
         return output
 

@@ -17,7 +17,7 @@ from shrinkformer.errors import CheckpointError, DataError, NumericalError
 from shrinkformer.evaluate.answers import extract_answers
 from shrinkformer.evaluate.paired import Scores
 from shrinkformer.evaluate.scores import count_examples, require_labels, score_answers, score_labels
-from shrinkformer.utils.inputs import accepted_inputs
+from shrinkformer.utils.inputs import outputs_of
 from shrinkformer.utils.memory import Halving
 from shrinkformer.utils.modes import evaluation_mode
 from shrinkformer.utils.parallel import ALONE, Workers
@@ -166,7 +166,7 @@ def _forward(
 
     def outputs(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         mask = batch["attention_mask"].bool().to(next(model.parameters()).device)
-        return _read(model(**accepted_inputs(model, batch)), mask, task).float().cpu()
+        return _read(outputs_of(model, batch), mask, task).float().cpu()
 
     rows: list[Array] = [np.zeros(0, dtype=np.float32)] * len(features)
     in_parts = Halving(f"evaluation on {task.name}")

@@ -13,6 +13,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from shrinkformer.errors import CheckpointError, DataError, InputError, NumericalError
+from shrinkformer.utils.inputs import call
 from shrinkformer.utils.memory import Halving
 from shrinkformer.utils.modes import evaluation_mode
 from shrinkformer.utils.parallel import ALONE, Workers
@@ -151,7 +152,7 @@ def _forward(
 
     def outputs(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         ids = batch["input_ids"].to(device)
-        logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+        logits = getattr(call(model, {"input_ids": ids, "use_cache": False}), "logits", None)
         if logits is None:
             raise CheckpointError(f"{type(model).__name__} gives no logits; perplexity needs a causal decoder")
         return ids, logits

@@ -169,10 +169,12 @@ def has_cache(model: PreTrainedModel) -> bool:
 
 
 def float_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself if it is in float32 on the CPU, else a copy that is."""
-    if all(value.device.type == "cpu" and value.dtype == torch.float32 for value in model.parameters()):
+    """The model itself if it is in float32 on the CPU and names its outputs, else a copy that does."""
+    plain = all(value.device.type == "cpu" and value.dtype == torch.float32 for value in model.parameters())
+    if plain and getattr(model.config, "return_dict", True):
         return model
     copied: Any = copy.deepcopy(model)
+    copied.config.return_dict = True
     moved: PreTrainedModel = copied.to("cpu", torch.float32)
     return moved
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from shrinkformer.errors import NumericalError
 from shrinkformer.prune.objective import UNKNOWN, Objective, Predictions
 from shrinkformer.prune.statistics import Batches
-from shrinkformer.prune.stream import model_inputs
+from shrinkformer.utils.inputs import outputs_of, token_mask
 from shrinkformer.utils.parallel import ALONE, Workers
 from shrinkformer.utils.precision import half_precision, is_finite
 
@@ -117,6 +117,6 @@ class Judge:
 
     @torch.no_grad()
     def _of_batch(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Predictions:
-        mask = batch["attention_mask"].bool().to(model.device)
+        mask = token_mask(batch).to(model.device)
         with half_precision(model.device, model.dtype):
-            return self._objective.predictions(model(**model_inputs(model, batch)), mask)
+            return self._objective.predictions(outputs_of(model, batch), mask)

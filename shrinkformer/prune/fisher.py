@@ -17,7 +17,7 @@ from shrinkformer.errors import NumericalError
 from shrinkformer.prune.objective import Objective
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
-from shrinkformer.utils.inputs import accepted_inputs
+from shrinkformer.utils.inputs import outputs_of, token_mask
 from shrinkformer.utils.parallel import ALONE, Workers
 from shrinkformer.utils.precision import fast_products, half_precision, is_finite
 
@@ -120,7 +120,7 @@ def pass_gradients(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(half_precision(model.device, model.dtype))
         for batch in batches:
-            found = log_likelihood(model(**accepted_inputs(model, batch)), batch, generator, objective)
+            found = log_likelihood(outputs_of(model, batch), batch, generator, objective)
             found.backward()  # type: ignore[no-untyped-call]
 
 
@@ -172,8 +172,7 @@ def log_likelihood(
     Classes and tokens are drawn from softmax, independent labels from a sigmoid each; numbers and embeddings from a
     normal distribution around them.
     """
-    mask = batch["attention_mask"].bool()
-    found = objective.predictions(output, mask.to(generator.device))
+    found = objective.predictions(output, token_mask(batch).to(generator.device))
     drawn = [(_drawn if found.distribution else _moved)(part, generator) for part in found.parts]
     return torch.stack(drawn).sum()
 

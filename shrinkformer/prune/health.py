@@ -13,7 +13,8 @@ from shrinkformer.errors import NumericalError
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
-from shrinkformer.prune.stream import BlockStream, model_inputs
+from shrinkformer.prune.stream import BlockStream
+from shrinkformer.utils.inputs import outputs_of, token_mask, token_rows_of
 from shrinkformer.utils.memory import Halving
 from shrinkformer.utils.parallel import ALONE, Workers
 from shrinkformer.utils.precision import first_fault, is_finite
@@ -124,7 +125,8 @@ def require_finite_outputs(model: PreTrainedModel, batches: Batches, workers: Wo
     some = spread(batches, _CHECKED_TOKENS)
 
     def outputs(batch: Mapping[str, Tensor]) -> bool:
-        output, mask = judged(**model_inputs(judged, batch)), batch["attention_mask"].bool().to(model.device)
+        given = token_rows_of(batch) if judged is model.base_model else batch
+        output, mask = outputs_of(judged, given), token_mask(batch).to(model.device)
         return all(_is_finite(part, mask) for part in _tensors(output))
 
     in_parts = Halving("check of the smaller model")
@@ -199,14 +201,16 @@ def _behind_blocks(stream: BlockStream, batches: Batches) -> str | None:
 def _position(batches: Batches, index: int, values: Tensor, mask: Tensor, where: str) -> str:
     """In words: what is not finite, and for which example and token."""
     before = sum(len(batch["attention_mask"]) for batch in batches[:index])
-    by_example = values.reshape(len(mask), -1, values.shape[-1]) if values.ndim < 3 else values.flatten(2)
+    examples = len(batches[index]["attention_mask"])
+    rows = examples if values.ndim == 2 and len(values) == examples else len(mask)  # of tokens, one for each choice
+    by_example = values.reshape(rows, -1, values.shape[-1]) if values.ndim < 3 else values.flatten(2)
     if by_example.shape[:2] == mask.shape:
         by_example = by_example.masked_fill(~mask[..., None], 0)
     place, bad = first_fault(by_example)
     example, token = place[0], place[1]
-    shown = f"example {before + example}"
+    shown = f"example {before + example * examples // len(by_example)}"
     if by_example.shape[:2] == mask.shape:
-        shown += f", token {token} (id {int(batches[index]['input_ids'][example, token])})"
+        shown += f", token {token} (id {int(token_rows_of(batches[index])['input_ids'][example, token])})"
     return (
         f"activations are NaN or infinity: {by_example[place].item()} in the {where}, first for {shown} of the "
         f"calibration examples, counted from 0; {bad:,} of {by_example.numel():,} values of its batch"

@@ -35,7 +35,7 @@ from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import token_rows
-from shrinkformer.utils.inputs import accepted_inputs
+from shrinkformer.utils.inputs import outputs_of, token_mask
 from shrinkformer.utils.parallel import Workers
 
 _TEMPERATURE = 2.0  # as published
@@ -187,7 +187,7 @@ def measure(model: PreTrainedModel, parts: Sequence[Part], batches: Batches, los
     device = model.device
     kinds = [[torch.zeros(part.units, dtype=torch.float64, device=device) for part in parts] for _ in range(2)]
     for batch, found in zip(batches, mask_gradients(model, parts, batches, loss), strict=True):
-        mask = batch["attention_mask"].bool().to(device)
+        mask = token_mask(batch).to(device)
         for place, part in enumerate(parts):
             kinds[0][place] += found.masks[place].double().square().sum(0)
             kinds[1][place] += contributions(part, token_rows(found.inputs[place], mask))
@@ -215,13 +215,13 @@ def _divergence_from(model: PreTrainedModel, batches: Batches, objective: Object
         if index in known:
             return known[index]
         with torch.no_grad():
-            output = model(**accepted_inputs(model, batches[index]))
+            output = outputs_of(model, batches[index])
         found = Target(softened(objective.predictions(output, masks[index])))
         if not model.can_generate():  # a language model's predictions take more room than time
             known[index] = found
         return found
 
-    masks = [batch["attention_mask"].bool().to(model.device) for batch in batches]
+    masks = [token_mask(batch).to(model.device) for batch in batches]
     return lambda output, index: wanted(index).divergence(softened(objective.predictions(output, masks[index])))
 
 

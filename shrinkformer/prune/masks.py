@@ -20,7 +20,7 @@ from shrinkformer.prune.sites import Site, block_sites
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.prune.surgery import remove_heads, remove_neurons
-from shrinkformer.utils.inputs import accepted_inputs
+from shrinkformer.utils.inputs import call, model_inputs
 from shrinkformer.utils.parallel import Workers
 
 Loss = Callable[[Any, int], Tensor]
@@ -96,13 +96,13 @@ def mask_gradients(model: PreTrainedModel, parts: Sequence[Part], batches: Batch
         loss: See above; of each example by itself.
     """
     for index, batch in enumerate(batches):
-        inputs = accepted_inputs(model, batch)
+        inputs = model_inputs(model, batch)
         examples = len(batch["attention_mask"])
         masks = [part.consumer.weight.new_ones(examples, part.units, requires_grad=True) for part in parts]
         modules = {part.consumer.module: (part, mask) for part, mask in zip(parts, masks, strict=True)}
         with frozen(model), torch.enable_grad():
             with _scaled(modules) as seen:
-                output = model(**inputs)
+                output = call(model, inputs)
             found = torch.autograd.grad(loss(output, index), masks)
         yield Gradients(list(found), [seen[part.consumer.module] for part in parts])
 

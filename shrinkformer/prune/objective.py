@@ -21,8 +21,8 @@ from shrinkformer.prune.pooling import MEAN, SentenceHead, head_in_memory, read_
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.sentence_encoder import SIDE_PATTERNS
 from shrinkformer.prune.statistics import Batches
-from shrinkformer.prune.stream import model_inputs
 from shrinkformer.utils.hub import some_files
+from shrinkformer.utils.inputs import outputs_of, token_mask
 from shrinkformer.utils.parallel import ALONE, Workers
 
 _SCALED_ON = 4096
@@ -127,8 +127,7 @@ class Objective:
         found = list[Tensor]()
         with torch.no_grad():
             for batch in spread(batches, _SCALED_ON):
-                mask = batch["attention_mask"].bool().to(model.device)
-                found += self.predictions(model(**model_inputs(model, batch)), mask).parts
+                found += self.predictions(outputs_of(model, batch), token_mask(batch).to(model.device)).parts
         numbers = torch.cat(found).double()
         variances = numbers.var(0, correction=0)
         if is_headless(model):  # one scale for all of an embedding, so that directions stay

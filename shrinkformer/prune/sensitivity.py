@@ -12,6 +12,7 @@ from shrinkformer.prune.objective import Objective
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import count_tokens, token_rows
+from shrinkformer.utils.inputs import token_mask
 from shrinkformer.utils.parallel import ALONE, Workers
 
 ATTENTION, FEED_FORWARD = "attention", "feed_forward"
@@ -76,7 +77,7 @@ def learn_sensitivity(
     layers |= {(view.index, FEED_FORWARD): view.feed_forward_output.module for view in views}
     weighed = count_tokens(batches) <= _TOKENS
     share = workers.share(batches if weighed else spread(batches, TOKENS))
-    masks = [batch["attention_mask"].bool() for batch in share]
+    masks = [token_mask(batch) for batch in share]
     sums: dict[Sublayer, Tensor] = {}
     norms: dict[Sublayer, list[Tensor]] = {name: [] for name in layers}
 

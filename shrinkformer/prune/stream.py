@@ -5,7 +5,6 @@ every block is called with what it got there, so no forward pass is written a se
 Only the hidden states of all examples and one block's working set are in memory.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.prune.hidden import Offload, hidden_states
-from shrinkformer.utils.inputs import accepted_inputs
+from shrinkformer.utils.inputs import call, model_inputs, outputs_of, token_mask, token_rows_of
 
 Observer = Callable[[Tensor], None]
 
@@ -34,7 +33,7 @@ class _Arguments:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    mask: Tensor  # (examples, length), True where there is a token
+    mask: Tensor  # (rows, length), True where there is a token
 
 
 class _RowBuffer:
@@ -136,7 +135,7 @@ class BlockStream:
         with _blocks_replaced(self._model, stand_in):
             for index, batch in enumerate(self._batches):
                 stand_in.hidden = self._hidden[index]
-                yield self._model(**model_inputs(self._model, batch))
+                yield outputs_of(self._model, batch)
 
 
 class _StandIn(nn.Module):
@@ -166,28 +165,22 @@ def _blocks_replaced(model: PreTrainedModel, stand_in: nn.Module) -> Iterator[No
 @torch.no_grad()
 def _record(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, _Arguments]:
     recorded: list[tuple[Tensor, _Arguments]] = []
-    inputs = model_inputs(model.base_model, batch)
+    inputs = model_inputs(model.base_model, token_rows_of(batch))
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = dict(kwargs)
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
-        recorded.append((hidden, _Arguments(tuple(rest), kwargs, inputs["attention_mask"].bool())))
+        recorded.append((hidden, _Arguments(tuple(rest), kwargs, token_mask(batch).to(hidden.device))))
         raise _FirstBlockReached
 
     handle = layer_views(model)[0].block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        model.base_model(**inputs)
+        call(model.base_model, inputs)
     except _FirstBlockReached:
         pass
     finally:
         handle.remove()
     return recorded[0]
-
-
-def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a model takes of a batch; decoders are told to keep no keys and values for a next token."""
-    cached = "use_cache" in inspect.signature(model.forward).parameters
-    return {**accepted_inputs(model, batch), **({"use_cache": False} if cached else {})}
 
 
 @contextmanager

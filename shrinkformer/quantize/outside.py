@@ -18,7 +18,7 @@ from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
 from shrinkformer.quantize.layer import quantize_weight
 from shrinkformer.quantize.scales import require_scales
 from shrinkformer.quantize.solver import Hessian
-from shrinkformer.utils.inputs import accepted_inputs
+from shrinkformer.utils.inputs import outputs_of, token_mask
 from shrinkformer.utils.parallel import ALONE, Workers
 
 
@@ -112,9 +112,9 @@ class Outside:
         device = self._model.device
         moments = {name: Moments.zeros(_weight(layer).shape[1], device) for name, layer in layers.items()}
         for batch in self._workers.share(self._batches):
-            mask = batch["attention_mask"].bool().to(device)
+            mask = token_mask(batch).to(device)
             with watched(layers) as seen:
-                self._model(**accepted_inputs(self._model, batch))
+                outputs_of(self._model, batch)
             for name, given in seen.inputs.items():  # of tokens, or pooled: one row for each example
                 whole = given.shape[:2] == mask.shape
                 moments[name].update(token_rows(given, mask) if whole else given.reshape(-1, given.shape[-1]))

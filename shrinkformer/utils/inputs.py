@@ -1,7 +1,12 @@
-"""Model inputs."""
+"""Model inputs.
+
+A batch holds tensors of integers by the names of a forward pass's arguments, ``(examples, length)``, or ``(examples,
+choices, length)`` where a model answers by choosing: such a model makes one row of tokens of each choice.
+"""
 
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +21,47 @@ def accepted_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, 
     device = next(model.parameters()).device
     known = "input_ids" in names  # a wrapper with a bare **kwargs gets everything
     return {name: value.to(device) for name, value in batch.items() if name in names or not known}
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The same; decoders are told to keep no keys and values for a next token."""
+    cached = "use_cache" in inspect.signature(model.forward).parameters
+    return {**accepted_inputs(model, batch), **({"use_cache": False} if cached else {})}
+
+
+def call(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """A forward pass whose outputs have names, whatever the configuration says.
+
+    It may ask for tuples (``return_dict``), as exporters leave it; decoders of transformers cannot even run so.
+
+    Args:
+        model: Its configuration is as before afterwards.
+        inputs: Of its forward pass.
+    """
+    config = getattr(model, "config", None)
+    before = getattr(config, "return_dict", True)
+    try:
+        if config is not None:
+            config.return_dict = True
+        return model(**inputs)
+    finally:
+        if config is not None:
+            config.return_dict = before
+
+
+def outputs_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """What a model makes of a batch, by name."""
+    return call(model, model_inputs(model, batch))
+
+
+def token_rows_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch as the blocks see it: ``(rows, length)``, one row for each choice of an example."""
+    return {name: value.flatten(0, -2) for name, value in batch.items()}
+
+
+def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
+    """Where the tokens of a batch are, ``(rows, length)`` bool."""
+    return batch["attention_mask"].bool().flatten(0, -2)
 
 
 def padded_right(batches: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
