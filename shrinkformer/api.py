@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from shrinkformer.commands.locate import max_positions
+from shrinkformer.architectures.limits import max_positions
 from shrinkformer.commands.prune_opt import LONGEST
 from shrinkformer.dataset.corpora import CORPORA, evaluation_windows
 from shrinkformer.dataset.encoding import encode

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shrinkformer.architectures.limits import max_positions
 from shrinkformer.commands.console import run_command, say
 from shrinkformer.commands.exporting import INT8_FILE, ONNX_FILE, describe_onnx, write_onnx
 from shrinkformer.commands.flags import parse_options
@@ -23,7 +24,6 @@ from shrinkformer.commands.locate import (
     generates,
     load_model,
     load_tokenizer,
-    max_positions,
     may_have_tokenizer,
     require_fitting_tokens,
 )

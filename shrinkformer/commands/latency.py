@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
+from shrinkformer.architectures.limits import max_positions
 from shrinkformer.commands.console import run_command, say
 from shrinkformer.commands.flags import parse_options
 from shrinkformer.commands.latency_options import WARMUP, LatencyOptions
@@ -23,7 +24,7 @@ from shrinkformer.commands.latency_report import (
     markdown_table,
     text_table,
 )
-from shrinkformer.commands.locate import Source, class_of, empty_model, find_any, generates, load_model, max_positions
+from shrinkformer.commands.locate import Source, class_of, empty_model, find_any, generates, load_model
 from shrinkformer.commands.options import DTYPES, resolve_device
 from shrinkformer.commands.runtimes import (
     COMPILE,

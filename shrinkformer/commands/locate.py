@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from shrinkformer.architectures import DECODERS, find_architecture
+from shrinkformer.architectures import DECODERS
 from shrinkformer.commands.options import BUNDLED_DECODER, BUNDLED_MODEL
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelError
@@ -319,9 +319,3 @@ def require_fitting_tokens(source: Source, groups: Iterable[Iterable[Mapping[str
     """
     for features in groups:
         require_known_tokens(features, {"input_ids": int(source.config.vocab_size)}, f"--model_name {source.name}")
-
-
-def max_positions(config: PreTrainedConfig) -> int:
-    """Longest input that a model takes, in tokens."""
-    reserved = find_architecture(config.model_type).positions_follow_padding
-    return int(config.max_position_embeddings) - (int(config.pad_token_id or 0) + 1 if reserved else 0)

@@ -8,13 +8,13 @@ import datasets
 import torch
 from transformers import PreTrainedModel
 
+from shrinkformer.architectures.limits import max_positions
 from shrinkformer.commands.console import run_command
 from shrinkformer.commands.flags import parse_options
 from shrinkformer.commands.locate import (
     Source,
     find_model,
     load_tokenizer,
-    max_positions,
     model_class,
     require_fitting_tokens,
 )
