@@ -9,6 +9,7 @@ import transformers
 
 import shrinkformer
 from shrinkformer.prune.divergence import Judge
+from shrinkformer.prune.objective import objective_of
 from tests.conftest import build_model, make_batches
 
 QUICK = shrinkformer.ShrinkConfig(search_seconds=0)
@@ -44,7 +45,7 @@ class TestMultipleChoice:
 
     def test_quantized_in_place(self) -> None:
         model, batches = with_choices("roberta")
-        before = Judge(model, batches)
+        before = Judge(model, batches, objective_of(model))
         config = shrinkformer.QuantizeConfig(bits=8, group_size=16, also=("head",))
         found = shrinkformer.quantize_(model, batches, config)
         assert "classifier" in found.weights
