@@ -1,6 +1,6 @@
 """Prune an encoder under a MAC budget; `python prune_bert.py --help` lists the options."""
 
-from shrinkformer.commands.prune_bert import main
+from shrinkformer.commands.main import prune_bert
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(prune_bert())

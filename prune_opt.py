@@ -1,6 +1,6 @@
 """Prune a language model under a MAC budget; `python prune_opt.py --help` lists the options."""
 
-from shrinkformer.commands.prune_opt import main
+from shrinkformer.commands.main import prune_opt
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(prune_opt())

@@ -1,6 +1,6 @@
 """Quantize an encoder, alone or after pruning; `python quantize_bert.py --help` lists the options."""
 
-from shrinkformer.commands.quantize_bert import main
+from shrinkformer.commands.main import quantize_bert
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(quantize_bert())

@@ -22,11 +22,11 @@ from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.commands.locate import find_decoder, load_model, load_tokenizer, model_class
 from shrinkformer.commands.options import BUNDLED_DECODER, DecoderOptions, resolve_device
 from shrinkformer.commands.prune_opt import as_batches, read_calibration, read_evaluation, window_length
-from shrinkformer.dataset.corpora import CORPORA
+from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.divergence import Target, predictions
-from shrinkformer.prune.methods import METHOD_NAMES
+from shrinkformer.prune.names import METHOD_NAMES
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.result import Pruned
 from shrinkformer.prune.resume import fingerprint
@@ -169,9 +169,10 @@ def sizes(pruned: Pruned) -> Record:
 
 def prepare(options: argparse.Namespace) -> tuple[Comparison, DecoderOptions, Any]:
     """The comparison, the options of ``prune_opt.py`` that say the same, and the tokenizer."""
-    same = ("model_name", "task", "data_dir", "bundled_data", "sample_batch_size", "batch_size", "device")
-    settings = DecoderOptions(**{name: getattr(options, name) for name in same}, mu=tuple(options.mu))
-    source = find_decoder(settings.model_name, settings.task)
+    same = ("model_name", "data_dir", "bundled_data", "sample_batch_size", "batch_size", "device")
+    shared = {name: getattr(options, name) for name in same}
+    settings = DecoderOptions(**shared, task_name=options.task, mu=tuple(options.mu))
+    source = find_decoder(settings.model_name, settings.task_name)
     tokenizer = load_tokenizer(source)
     length = window_length(settings, source, tokenizer)
     evaluation = read_evaluation(settings, tokenizer, length, settings.bundled_data)
@@ -180,7 +181,7 @@ def prepare(options: argparse.Namespace) -> tuple[Comparison, DecoderOptions, An
     key = {
         "model": source.name,
         "weights": fingerprint(model)[:12],  # a checkpoint that was trained further is another one
-        "task": settings.task,
+        "task": settings.task_name,
         "samples": settings.sample_batch_size,
         "windows": [len(windows) for windows in evaluation.values()],
         "length": length,
@@ -204,7 +205,7 @@ def main() -> None:
             comparison.run_method(method, seed, options.mu, calibration)
     counts = ", ".join(f"{len(windows)} of {name}" for name, windows in comparison.evaluation.items())
     print(f"\n{settings.model_name}: perplexity; windows of {length} tokens: {counts}")
-    print(f"calibrated on {settings.sample_batch_size} windows of {settings.task}, seeds {options.seeds}\n")
+    print(f"calibrated on {settings.sample_batch_size} windows of {settings.task_name}, seeds {options.seeds}\n")
     print(comparison.table(options.methods, options.mu, options.seeds))
 
 

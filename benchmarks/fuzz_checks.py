@@ -23,7 +23,7 @@ from shrinkformer.efficiency.size import count_parameters
 from shrinkformer.errors import BudgetError, InputError, ShrinkformerError
 from shrinkformer.prune.budget import Budget, CostModel, layer_sizes
 from shrinkformer.prune.checkpoint import describe_sizes, load, save
-from shrinkformer.prune.methods import KPRUNE, METHOD_NAMES, SHRINK
+from shrinkformer.prune.names import KPRUNE, METHOD_NAMES, SHRINK
 from shrinkformer.prune.plan import LayerPlan, Plan
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.result import Pruned

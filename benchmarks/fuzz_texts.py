@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from shrinkformer.errors import ShrinkformerError
-from shrinkformer.prune.methods import METHOD_NAMES
+from shrinkformer.prune.names import METHOD_NAMES
 from shrinkformer.prune.plan import Plan
 
 

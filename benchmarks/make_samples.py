@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 
 from shrinkformer.dataset.calibration import sample_indices
-from shrinkformer.dataset.corpora import CORPORA, Corpus, load_texts
+from shrinkformer.dataset.corpora import load_texts
+from shrinkformer.dataset.corpus import CORPORA, Corpus
 from shrinkformer.dataset.loading import SAMPLES, load_split
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.errors import InputError

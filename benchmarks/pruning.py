@@ -21,7 +21,7 @@ from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.commands.locate import find_model
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.prune.budget import Budget
-from shrinkformer.prune.methods import METHOD_NAMES
+from shrinkformer.prune.names import METHOD_NAMES
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.shrink_config import ShrinkConfig
 

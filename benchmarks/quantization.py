@@ -26,7 +26,8 @@ from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.commands.prune_opt import as_batches
-from shrinkformer.dataset.corpora import CORPORA, calibration_windows, evaluation_windows
+from shrinkformer.dataset.corpora import calibration_windows, evaluation_windows
+from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.prune.resume import fingerprint
 from shrinkformer.quantize.config import QuantizeConfig

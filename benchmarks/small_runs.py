@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, OPTFo
 
 from shrinkformer.commands import prune_bert, prune_opt, quantize_bert, quantize_opt
 from shrinkformer.commands.locate import bundled_decoder, bundled_model
-from shrinkformer.dataset.corpora import CORPORA, calibration_split, load_texts
+from shrinkformer.dataset.corpora import calibration_split, load_texts
+from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.dataset.loading import load_split
 from shrinkformer.dataset.tasks import get_task
 

@@ -3,37 +3,37 @@
 python docs/flags.py
 """
 
-from dataclasses import fields
+from collections.abc import Iterable
 from pathlib import Path
 
-from shrinkformer.commands.options import DecoderOptions, EncoderOptions, EvaluationOptions
-from shrinkformer.commands.quantize_options import DecoderQuantizeOptions, EncoderQuantizeOptions, QuantizeFlags
+from shrinkformer.commands.flags import DECODER, ENCODER, GROUPS, IN_WORDS, Flag, flags_of
+from shrinkformer.commands.help import choices_in_words, defaults_of
+from shrinkformer.commands.verbs import COMMANDS
 
 PAGE = Path(__file__).with_name("commands.md")
 
 _BEGIN, _END = "<!-- flags, written by docs/flags.py -->", "<!-- end of flags -->"
 
+_KINDS = {ENCODER, DECODER}
+
 
 def tables() -> str:
-    """All flags as Markdown, those that several commands share once."""
-    encoder, decoder = _flags(EncoderOptions), _flags(DecoderOptions)
-    shared = {name: text for name, text in encoder.items() if decoder.get(name) == text}
-    quantize = _flags(QuantizeFlags)
-    both = set(_flags(EncoderQuantizeOptions)) | set(_flags(DecoderQuantizeOptions))
-    assert both == {*encoder, *decoder, *quantize}, "a flag of a quantizing command is in no table"
-    sections = {
-        "All commands": shared,
-        "Encoders: `shrinkformer prune --task_name ...`, `prune_bert.py`": _without(encoder, shared),
-        "Language models: `shrinkformer prune --task ...`, `prune_opt.py`": _without(decoder, shared),
-        "`shrinkformer quantize`, `quantize_bert.py`, `quantize_opt.py`: those above, and": quantize,
-    }
-    evaluation = ", ".join(f"`--{name}`" for name in _flags(EvaluationOptions))
-    parts = [f"### {title}\n\n{_table(flags)}" for title, flags in sections.items()]
-    parts.append(
-        f"### `shrinkformer evaluate`, `opt_eval.py`\n\nOf language models: {evaluation}; where data and output are; "
-        "`--report_to`."
-    )
+    """All flags as Markdown: those of pruning by group, what quantizing has beside them, the other commands."""
+    prune, quantize = flags_of_command("prune"), flags_of_command("quantize")
+    parts = ["### `shrinkformer prune`"]
+    parts += [f"**{group}**\n\n{_table(_in(group, prune.values()))}" for group in GROUPS]
+    more = [flag for name, flag in quantize.items() if name not in prune or _row(flag) != _row(prune[name])]
+    parts.append(f"### `shrinkformer quantize`: those above, and\n\n{_table(more)}")
+    evaluation = ", ".join(f"`--{name}`" for name in flags_of_command("evaluate"))
+    parts.append(f"### `shrinkformer evaluate`\n\nOf those of `prune`: {evaluation}.")
+    for name in ("inspect", "latency", "export", "push"):
+        parts.append(f"### `shrinkformer {name}`\n\n{_table(flags_of_command(name).values())}")
     return "\n\n".join(parts)
+
+
+def flags_of_command(name: str) -> dict[str, Flag]:
+    """The flags of a command by name."""
+    return flags_of(COMMANDS[name].classes, COMMANDS[name].only)
 
 
 def page(text: str) -> str:
@@ -43,24 +43,22 @@ def page(text: str) -> str:
     return f"{before}{_BEGIN}\n\n{tables()}\n\n{_END}{after}"
 
 
-def _flags(kind: type) -> dict[str, tuple[str, str]]:
-    """Default and meaning by name."""
-    return {entry.name: (_shown(entry.default), entry.metadata["help"]) for entry in fields(kind)}
+def _in(group: str, flags: Iterable[Flag]) -> list[Flag]:
+    return [flag for flag in flags if flag.about("group") == group]
 
 
-def _shown(default: object) -> str:
-    if default is None or default is False or default in ("", ()):
-        return ""
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+def _row(flag: Flag) -> str:
+    place = [flag.about("metavar")] if flag.about("positional") else []
+    names = place if flag.about("positional") is True else [*place, *flag.names]
+    more = flag.about("more")
+    missing = _KINDS - flag.entries.keys() if flag.entries.keys() <= _KINDS else set()
+    only = f"{IN_WORDS[next(iter(flag.entries))]}: " if missing else ""
+    text = only + flag.about("help") + (f"; {more}" if more else "") + choices_in_words(flag)
+    return f"| {', '.join(f'`{name}`' for name in names)} | {defaults_of(flag)} | {text} |"
 
 
-def _without(flags: dict[str, tuple[str, str]], others: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    return {name: text for name, text in flags.items() if name not in others}
-
-
-def _table(flags: dict[str, tuple[str, str]]) -> str:
-    rows = [f"| `--{name}` | {default} | {text.replace('%%', '%')} |" for name, (default, text) in flags.items()]
-    return "\n".join(["| flag | default | |", "|---|---|---|", *rows])
+def _table(flags: Iterable[Flag]) -> str:
+    return "\n".join(["| flag | default | |", "|---|---|---|", *map(_row, flags)])
 
 
 if __name__ == "__main__":

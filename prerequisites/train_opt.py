@@ -24,7 +24,8 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from shrinkformer.dataset.corpora import CORPORA, evaluation_windows
+from shrinkformer.dataset.corpora import evaluation_windows
+from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.utils.parallel import Workers, local_device, workers_of
 

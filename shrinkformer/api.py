@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from shrinkformer.architectures.limits import max_positions
 from shrinkformer.commands.prune_opt import LONGEST
-from shrinkformer.dataset.corpora import CORPORA, evaluation_windows
+from shrinkformer.dataset.corpora import evaluation_windows
+from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.dataset.encoding import encode
 from shrinkformer.dataset.loading import evaluation_splits, load_split
 from shrinkformer.dataset.tasks import TASKS, get_task
@@ -24,7 +25,7 @@ from shrinkformer.errors import InputError
 from shrinkformer.evaluate.evaluation import evaluate_model
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.prune.budget import Budget
-from shrinkformer.prune.methods import DEFAULT_METHOD, require_method
+from shrinkformer.prune.names import DEFAULT_METHOD, require_method
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.shrink_config import ShrinkConfig

@@ -18,16 +18,15 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import make_samples
 from shrinkformer.dataset import corpora
 from shrinkformer.dataset.corpora import (
-    CORPORA,
     calibration_split,
     calibration_windows,
     evaluation_windows,
-    get_corpus,
     load_texts,
     read_text_file,
     require_different_files,
     windows_of,
 )
+from shrinkformer.dataset.corpus import CORPORA, get_corpus
 from shrinkformer.dataset.loading import SAMPLES
 from shrinkformer.errors import DataError, InputError
 

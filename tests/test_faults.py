@@ -18,7 +18,7 @@ from shrinkformer.prune.cholesky import DampingWarning
 from shrinkformer.prune.divergence import Judge, Target, Targets
 from shrinkformer.prune.health import locate_fault, require_finite_outputs, require_finite_weights
 from shrinkformer.prune.lazy import load_lazily
-from shrinkformer.prune.methods import METHOD_NAMES
+from shrinkformer.prune.names import METHOD_NAMES
 from shrinkformer.prune.objective import Predictions, objective_of
 from shrinkformer.prune.plan import SURPRISE, LayerPlan, Plan, warn_of_surprise
 from shrinkformer.prune.pruner import calibrate, prune_model

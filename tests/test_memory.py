@@ -24,7 +24,7 @@ from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.evaluate.streaming import stream_perplexity
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.hidden import Offload, Spilled
-from shrinkformer.prune.methods import METHOD_NAMES
+from shrinkformer.prune.names import METHOD_NAMES
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.resources import Resources

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 import shrinkformer
 from shrinkformer.commands import opt_eval, prune_opt, running, tracking
 from shrinkformer.commands.report import Run
-from shrinkformer.dataset.corpora import CORPORA, evaluation_windows
+from shrinkformer.dataset.corpora import evaluation_windows
+from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.efficiency.size import count_parameters, folder_bytes
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.prune.plan import Plan

@@ -14,8 +14,8 @@ from shrinkformer.efficiency.macs import count_matmul_macs
 from shrinkformer.errors import InputError, NumericalError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.cholesky import DampingWarning
-from shrinkformer.prune.methods import METHOD_NAMES
 from shrinkformer.prune.moments import Moments
+from shrinkformer.prune.names import METHOD_NAMES
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import calibrate, prune_model
 from shrinkformer.prune.refit import Correction, correct_consumer

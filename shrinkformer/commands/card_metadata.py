@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from yaml import YAMLError
 
 from shrinkformer.commands.locate import Source
-from shrinkformer.dataset.corpora import CORPORA
+from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.dataset.tasks import TASKS
 from shrinkformer.prune.checkpoint import auto_class
 from shrinkformer.prune.sentence_encoder import SIDE_PATTERNS

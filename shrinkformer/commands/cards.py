@@ -13,8 +13,8 @@ from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.prune.checkpoint import auto_class
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.sites import EMBEDDINGS, POSITIONS
-from shrinkformer.quantize.checkpoint import ONNX
 from shrinkformer.quantize.config import Quantized
+from shrinkformer.quantize.names import ONNX
 from shrinkformer.utils.files import write_atomically
 
 PRUNED = "pruned"

@@ -8,15 +8,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from shrinkformer.architectures import LayerView
 from shrinkformer.errors import InputError, ShrinkformerError, ShrinkformerWarning
 from shrinkformer.trust.foreign import printable, reason_of
-from shrinkformer.utils.memory import REMEDIES, is_out_of_memory
+
+if TYPE_CHECKING:
+    from shrinkformer.architectures import LayerView
 
 _WRONG_INPUT = 2
 
@@ -34,7 +35,6 @@ def run_command(main: Main, arguments: Sequence[str] | None, prog: str) -> int:
     Returns:
         0, or 2 when something the user passed is wrong, or 1 when something failed later.
     """
-    quiet_libraries()
     try:
         with warnings_in_one_line(prog):
             main(arguments)
@@ -53,6 +53,8 @@ def run_command(main: Main, arguments: Sequence[str] | None, prog: str) -> int:
 
 def _unforeseen(error: Exception) -> str:
     """What is said about an error without a message of ours; its traceback only to those who ask for it."""
+    from shrinkformer.utils.memory import REMEDIES, is_out_of_memory
+
     if is_out_of_memory(error):
         return f"out of memory ({reason_of(error)}); {REMEDIES}."
     if os.environ.get(DEBUG):
@@ -94,21 +96,26 @@ def warnings_in_one_line(prog: str) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Leave standard error to our own progress bars and messages."""
-    import datasets
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    if "datasets" in sys.modules:
+        import datasets
+
+        datasets.utils.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+    else:  # it takes a second to import, and reads these when somebody does
+        os.environ.setdefault("DATASETS_VERBOSITY", "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="huggingface_hub")
 
 
-def block_progress(description: str) -> Callable[[Iterable[LayerView]], Iterable[LayerView]]:
+def block_progress(description: str) -> "Callable[[Iterable[LayerView]], Iterable[LayerView]]":
     """A progress bar over blocks with the time left, shown on a terminal only."""
 
-    def wrap(views: Iterable[LayerView]) -> Iterable[LayerView]:
+    def wrap(views: "Iterable[LayerView]") -> "Iterable[LayerView]":
         bar: Iterable[LayerView] = tqdm(list(views), desc=description, unit="block", disable=None)
         return bar
 

@@ -1,9 +1,8 @@
 """``shrinkformer export``: any checkpoint as an ONNX file that was checked in onnxruntime."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures.limits import max_positions
-from shrinkformer.commands.console import run_command, say
-from shrinkformer.commands.exporting import INT8_FILE, ONNX_FILE, describe_onnx, write_onnx
-from shrinkformer.commands.flags import parse_options
+from shrinkformer.commands.checkpoint_options import INT8_FILE, ONNX_FILE, ExportOptions
+from shrinkformer.commands.console import say
+from shrinkformer.commands.exporting import describe_onnx, write_onnx
 from shrinkformer.commands.locate import (
     Source,
     bundled_decoder,
@@ -27,21 +26,18 @@ from shrinkformer.commands.locate import (
     may_have_tokenizer,
     require_fitting_tokens,
 )
-from shrinkformer.commands.options import EXPORTS, option, require_writable
+from shrinkformer.commands.options import require_writable
 from shrinkformer.dataset.encoding import pad
 from shrinkformer.dataset.loading import load_split
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.errors import InputError
 from shrinkformer.export.int8 import Deviation, quantize_dynamic_int8
 from shrinkformer.export.onnx_export import TOLERANCE
-from shrinkformer.export.runtime import require_onnx
 from shrinkformer.prune.checkpoint import PLAN_FILE, may_be_replaced, replacing, save_tokenizer
 from shrinkformer.prune.sentence_encoder import copy_side_files
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.onnx_export import packable
 from shrinkformer.quantize.reading import read_quantized_weights
-
-PROG = "shrinkformer export"
 
 _SENTENCES = 32
 """Bundled sentences that outputs are compared on."""
@@ -50,35 +46,8 @@ _LONGEST = 64
 """Tokens of each."""
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What is exported, and where to.
-
-    Raises:
-        InputError: A value is out of its range, a package is missing, or a folder cannot be written.
-    """
-
-    model: str = option("", "folder or name of a model: dense, pruned or quantized", positional=True)
-    to: str = option("onnx", f"what for: {', '.join(EXPORTS)}")
-    output: Path | None = option(
-        None,
-        f"folder that gets {ONNX_FILE} (default: the model's own; output/onnx/<name> for bundled models and the hub)",
-    )
-    dynamic_int8: bool = option(False, f"encoders: also write {INT8_FILE}, with 8-bit weights and activations")
-
-    def __post_init__(self) -> None:
-        if self.to not in EXPORTS:
-            raise InputError(f"--to {self.to!r}: choose one of {', '.join(EXPORTS)}.")
-        require_onnx(f"--to {self.to}")
-        if self.output is not None:
-            require_writable("--output", self.output)
-
-
-def export_command(arguments: Sequence[str] | None) -> None:
+def export_model(options: ExportOptions) -> None:
     """Everything that ``shrinkformer export`` does."""
-    options = parse_options(
-        ExportOptions, arguments, prog=PROG, description="Write a model as an ONNX file, checked in onnxruntime."
-    )
     source = find_any(options.model, "MODEL")
     if options.dynamic_int8 and (generates(source.config) or source.quantized):
         what = "quantized already" if source.quantized else "a language model, and 8-bit activations are for encoders"
@@ -181,8 +150,3 @@ def tell(path: Path, found: Mapping[str, Deviation], tokenizer: Any) -> None:
 def _megabytes(path: Path) -> str:
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
     return f"{size / 1e6:,.1f} MB"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``shrinkformer export``."""
-    return run_command(export_command, arguments, PROG)

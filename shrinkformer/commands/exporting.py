@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shrinkformer.commands.checkpoint_options import ONNX_FILE
 from shrinkformer.commands.onnx_card import onnx_section, without_onnx_section
 from shrinkformer.commands.session import Session
 from shrinkformer.efficiency.latency import compare_latency, shape_name
@@ -22,11 +23,6 @@ from shrinkformer.utils.inputs import accepted_inputs
 
 ONNXRUNTIME = "onnxruntime"
 """Name of the runtime in reports."""
-
-ONNX_FILE = Path("onnx") / "model.onnx"
-"""In a checkpoint folder: where Optimum and sentence-transformers look."""
-
-INT8_FILE = ONNX_FILE.with_name("model_int8.onnx")
 
 _LONGEST = 64
 """Tokens of an example that a file is checked on; it holds for any number."""

@@ -1,14 +1,11 @@
 """``shrinkformer inspect``: what a checkpoint is, or what the runs of a report found, in words and pictures."""
 
-import argparse
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from shrinkformer.commands.console import run_command
-from shrinkformer.commands.flags import OneLineParser
+from shrinkformer.commands.checkpoint_options import InspectOptions
 from shrinkformer.errors import InputError
 from shrinkformer.pictures.charts import Chart, tokens
 from shrinkformer.pictures.checkpoint_page import (
@@ -25,52 +22,20 @@ from shrinkformer.pictures.run_page import page_of_runs, run_title
 from shrinkformer.pictures.runs import read_runs
 from shrinkformer.utils.files import write_atomically
 
-PROG = "shrinkformer inspect"
 
-
-def inspect_command(arguments: Sequence[str] | None) -> None:
+def inspect(options: InspectOptions) -> None:
     """Everything that ``shrinkformer inspect`` does.
 
     Raises:
-        InputError: There is no checkpoint and no report, or it is damaged, or a picture cannot be written.
+        InputError: There is no checkpoint and no report, or it is damaged, or a picture cannot be drawn.
     """
-    flags = _parser().parse_args(arguments)
-    for name in ("html", "png"):
-        _require_writable(f"--{name}", getattr(flags, name))
-    if flags.png is not None:
+    if options.png is not None:
         require_matplotlib()
-    length = flags.sequence_length
-    if length is not None and not (math.isfinite(length) and length > 0):
-        raise InputError(f"--sequence_length {length}: must be above 0.")
-    if Path(flags.place).suffix == ".jsonl":
-        _inspect_report(Path(flags.place), flags.html, flags.png, as_json=flags.json)
+    place = options.place
+    if Path(place).suffix == ".jsonl":
+        _inspect_report(Path(place), options.html, options.png, as_json=options.json)
     else:
-        _inspect_checkpoint(flags.place, length, flags.html, flags.png, as_json=flags.json)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog=PROG,
-        description="Sizes, MACs and bytes of a checkpoint, without loading its weights; or the runs of a report.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "place", metavar="DIR", help="checkpoint folder, bundled model, name on the hub, or report .jsonl"
-    )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="draw a page that needs nothing else")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw a picture (takes matplotlib)")
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
-    parser.add_argument(
-        "--sequence_length", type=float, help="length at which MACs count (default: the plan's, or 128)"
-    )
-    return parser
-
-
-def _require_writable(flag: str, file: Path | None) -> None:
-    if file is not None and file.is_dir():
-        raise InputError(f"{flag} {file}: it is a folder; name a file in it.")
-    if file is not None and not file.resolve().parent.is_dir():
-        raise InputError(f"{flag} {file}: there is no folder {file.parent}; make it, or name another.")
+        _inspect_checkpoint(place, options.sequence_length, options.html, options.png, as_json=options.json)
 
 
 def _inspect_checkpoint(
@@ -141,8 +106,3 @@ def in_words(found: dict[str, Any]) -> str:
 def _clean(line: str) -> str:
     """A line without control characters, which a name out of a file may have."""
     return "".join(sign if sign.isprintable() else "?" for sign in line.removeprefix("  "))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``shrinkformer inspect``."""
-    return run_command(inspect_command, arguments, PROG)

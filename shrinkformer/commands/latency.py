@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.architectures.limits import max_positions
-from shrinkformer.commands.console import run_command, say
-from shrinkformer.commands.flags import parse_options
-from shrinkformer.commands.latency_options import WARMUP, LatencyOptions
+from shrinkformer.commands.console import say
+from shrinkformer.commands.latency_options import COMPILE, EAGER, ONNX, WARMUP, LatencyOptions
 from shrinkformer.commands.latency_report import (
     DECODE,
     FORWARD,
@@ -25,11 +24,8 @@ from shrinkformer.commands.latency_report import (
     text_table,
 )
 from shrinkformer.commands.locate import Source, class_of, empty_model, find_any, generates, load_model
-from shrinkformer.commands.options import DTYPES, resolve_device
+from shrinkformer.commands.options import resolve_device, torch_dtype
 from shrinkformer.commands.runtimes import (
-    COMPILE,
-    EAGER,
-    ONNX,
     CachedStep,
     CompiledModel,
     eager,
@@ -43,8 +39,6 @@ from shrinkformer.efficiency.latency import Timed, compare_latency
 from shrinkformer.efficiency.macs import LayerSize, model_macs, step_macs
 from shrinkformer.errors import InputError, OutOfMemoryError
 from shrinkformer.prune.budget import layer_sizes
-
-PROG = "shrinkformer latency"
 
 
 @dataclass(frozen=True)
@@ -75,11 +69,8 @@ class Candidate:
         return examples * model_macs(self.sizes, self.hidden_size, tokens)
 
 
-def latency_command(arguments: Sequence[str] | None) -> None:
+def compare(options: LatencyOptions) -> None:
     """Everything that ``shrinkformer latency`` does."""
-    options = parse_options(
-        LatencyOptions, arguments, prog=PROG, description="Time models side by side; ratios are to the first one."
-    )
     device = resolve_device(options.device)
     candidates = _named([read_candidate(name, options) for name in options.models])
     if ONNX in options.runtime:
@@ -179,7 +170,7 @@ def open_models(
 
 
 def _load(candidate: Candidate, options: LatencyOptions, device: str) -> PreTrainedModel:
-    dtype = DTYPES[options.dtype]
+    dtype = torch_dtype(options.dtype)
     if dtype is None:
         dtype = candidate.source.dtype if torch.device(device).type == "cuda" else torch.float32
     model, _ = load_model(candidate.source, class_of(candidate.source), device, dtype)
@@ -237,8 +228,3 @@ def print_rows(rows: Sequence[Row], candidates: Sequence[Candidate], options: La
             say(f"{one.name}: torch computes with decoded weights; --runtime {ONNX} with what an ONNX file holds.")
     if options.output is not None:
         say(f"records: {options.output}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``shrinkformer latency``."""
-    return run_command(latency_command, arguments, PROG)

@@ -3,9 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from shrinkformer.commands.options import DTYPES, option, require_writable, resolve_device
-from shrinkformer.commands.runtimes import EAGER, ONNX, RUNTIMES
+from shrinkformer.commands.flags import check_values, option
+from shrinkformer.commands.options import DTYPES, require_writable, resolve_device
 from shrinkformer.errors import InputError
+
+EAGER, COMPILE, ONNX = "eager", "compile", "onnx"
+
+RUNTIMES = (EAGER, COMPILE, ONNX)
+"""What models are run by, see :mod:`shrinkformer.commands.runtimes`."""
 
 WARMUP = 2
 """Runs of each model and shape that are not timed."""
@@ -21,21 +26,35 @@ class LatencyOptions:
 
     models: tuple[str, ...] = option(
         (),
-        "folders or names of models: dense, pruned or quantized; ratios are to the first",
+        "folders or names of models",
+        more="dense, pruned or quantized; ratios are to the first",
         nargs="+",
         positional=True,
+        metavar="MODEL",
     )
-    batch: tuple[int, ...] = option((1, 8, 32), "numbers of inputs per forward pass", nargs="+")
-    length: tuple[int, ...] = option((32, 128), "numbers of tokens per input", nargs="+")
-    runtime: tuple[str, ...] = option((EAGER,), f"one or several of {', '.join(RUNTIMES)}", nargs="+")
-    decode: bool = option(False, "language models: time one cached decoding step, too (runtime eager)")
-    device: str = option("auto", "auto, cpu, cuda or cuda:<n>")
-    dtype: str = option("auto", f"type of the weights: {', '.join(DTYPES)}; auto: float32, on a GPU as stored")
-    threads: int | None = option(None, "threads on the CPU (default: as many as torch takes)")
-    repeats: int = option(15, "timed runs of each model and shape")
-    seed: int = option(0, "seed of the random tokens")
-    output: Path | None = option(None, "JSON lines are appended to this file")
-    markdown: bool = option(False, "print the table as Markdown")
+    batch: tuple[int, ...] = option(
+        (1, 8, 32), "numbers of inputs per forward pass", group="data", nargs="+", distinct=True
+    )
+    length: tuple[int, ...] = option((32, 128), "numbers of tokens per input", group="data", nargs="+", distinct=True)
+    seed: int = option(0, "seed of the random tokens", group="data")
+    runtime: tuple[str, ...] = option(
+        (EAGER,), "one or several", group="method", choices=RUNTIMES, nargs="+", distinct=True
+    )
+    decode: bool = option(
+        False, "language models: time one cached decoding step, too", group="method", more="runtime eager"
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:<n>", group="method")
+    dtype: str = option(
+        "auto",
+        "type of the weights",
+        group="method",
+        choices=DTYPES,
+        more="auto is float32, on a GPU as stored",
+    )
+    threads: int | None = option(None, "threads on the CPU", group="method", more="as many as torch takes by default")
+    repeats: int = option(15, "timed runs of each model and shape", group="method")
+    output: Path | None = option(None, "JSON lines are appended to this file", group="output")
+    markdown: bool = option(False, "print the table as Markdown", group="output")
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -48,6 +67,7 @@ class LatencyOptions:
         return max(self.length) + (WARMUP + self.repeats if self.decode else 0)
 
     def __post_init__(self) -> None:
+        check_values(self)
         for name in ("batch", "length"):
             for value in getattr(self, name):
                 if value < 1:
@@ -58,8 +78,6 @@ class LatencyOptions:
             raise InputError(f"--threads {self.threads}: must be at least 1.")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: must not be negative.")
-        if self.dtype not in DTYPES:
-            raise InputError(f"--dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}.")
         self._check_runtimes()
         if self.output is not None:
             if self.output.is_dir():
@@ -67,9 +85,6 @@ class LatencyOptions:
             require_writable("--output", self.output.parent)
 
     def _check_runtimes(self) -> None:
-        for name in self.runtime:
-            if name not in RUNTIMES:
-                raise InputError(f"--runtime {name!r}: choose among {', '.join(RUNTIMES)}.")
         if self.decode and EAGER not in self.runtime:
             raise InputError(f"--decode: only the runtime {EAGER} decodes with a cache; add {EAGER} to --runtime.")
         device = resolve_device(self.device)

@@ -1,34 +1,32 @@
-"""Command-line options as validated data."""
+"""Command-line options as validated data.
 
-import argparse
+Nothing heavy is imported here: what a flag is, and whether its value makes sense, is known without torch. Checks that
+look at the machine (its devices, packages, the hub) import what they need when all others have passed.
+"""
+
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
+from shrinkformer.commands.flags import changed, check_values, option
 from shrinkformer.commands.tracking import TRACKERS, require_trackers
-from shrinkformer.dataset.corpora import CORPORA, get_corpus, require_different_files
+from shrinkformer.dataset.corpus import CORPORA, get_corpus
 from shrinkformer.dataset.tasks import TASKS, get_task
 from shrinkformer.errors import InputError
-from shrinkformer.export.runtime import require_onnx
-from shrinkformer.prune.budget import Budget
-from shrinkformer.prune.checkpoint import may_be_replaced
-from shrinkformer.prune.methods import DEFAULT_METHOD, METHOD_NAMES, SHRINK, WHOLE_MODEL, require_method
-from shrinkformer.utils.hub import require_hub
+from shrinkformer.prune.limits import Budget
+from shrinkformer.prune.names import DEFAULT_METHOD, METHOD_NAMES, SHRINK, WHOLE_MODEL, require_method
+
+if TYPE_CHECKING:
+    import torch
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 BUNDLED_DECODER = "opt-mini"
 BUDGETS = ("macs", "latency")
 AUTO = "auto"
 EXPORTS = ("onnx",)
-
-
-def option(default: Any, help_text: str, **argument: Any) -> Any:
-    """A dataclass field that is also a command-line flag of the same name."""
-    return field(default=default, metadata={"help": help_text, **argument})
+DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
 
 def multiple(text: str) -> int | None:
@@ -38,11 +36,62 @@ def multiple(text: str) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
+        raise ValueError(f"a whole number, or {AUTO}") from None
+
+
+def require_fraction(mu: float) -> None:
+    """Check a value of ``--mu``.
+
+    Raises:
+        InputError: It is none.
+    """
+    Budget(mu, sequence_length=1.0)
 
 
 @dataclass(frozen=True)
-class PruneOptions:
+class EvaluateOptions:
+    """What every command has that measures a model."""
+
+    model_name: str = option(
+        "", "folder, name below models/ or on the hub, or a bundled model", positional="too", metavar="MODEL"
+    )
+    task_name: str = option("", "task, or corpus, to calibrate and measure on", group="data", aliases=("task",))
+    data_dir: Path | None = option(
+        None, "folder with data sets in the hub's column names", group="data", more="without it the hub is asked"
+    )
+    bundled_data: bool = option(
+        False, "use the small samples in the package", group="data", more="where --data_dir has nothing"
+    )
+    sequence_length: float | None = option(
+        None,
+        "tokens at which MACs count",
+        group="budget",
+        advanced=True,
+        more="by default the mean of the evaluation set; for language models tokens per window, by default as many as "
+        "the model takes, at most 4096",
+    )
+    batch_size: int = option(
+        32, "examples per forward pass", group="model", advanced=True, more="changes speed and memory, not results"
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:<n>", advanced=True)
+    max_memory: float | None = option(
+        None,
+        "GiB that weights and statistics may take",
+        advanced=True,
+        more="larger models pass block by block; 80 % of what is free by default",
+    )
+    offload_dir: Path | None = option(
+        None, "folder for what does not fit into memory", advanced=True, more="below --output_dir by default"
+    )
+    output_dir: Path = option(Path("output"), "where reports go", group="output")
+    dry_run: bool = option(False, "print sizes, memory and time, and stop", group="output")
+    report_to: tuple[str, ...] = option(
+        (), "send the figures there, too", group="output", advanced=True, choices=TRACKERS, nargs="+", distinct=True
+    )
+
+
+@dataclass(frozen=True)
+class PruneOptions(EvaluateOptions):
     """Options of every pruning command; every flag is a field.
 
     Raises:
@@ -51,53 +100,78 @@ class PruneOptions:
 
     excludes: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # flags that cannot stand beside one, and why
 
-    model_name: str = option("", "checkpoint: models/<name>/<task>, a folder, a bundled model, or a name on the hub")
     mu: tuple[float, ...] = option(
-        (0.5,), "fraction of MACs that stays; several values share one calibration", nargs="+"
+        (0.5,),
+        "fraction of MACs that stays; one or several values",
+        group="budget",
+        more="several share one calibration",
+        nargs="+",
+        distinct=True,
+        check=require_fraction,
     )
-    method: str = option(DEFAULT_METHOD, f"pruning method: {', '.join(METHOD_NAMES)}")
-    whole_heads: bool = option(False, "method shrink: keep the width of heads, remove whole heads only")
-    search_seconds: float = option(
-        120.0, "method shrink: the search for a better plan stops after so long, for each budget; 0: no search"
+    calibration_file: Path | None = option(
+        None,
+        "own examples, unlabelled, to calibrate on",
+        group="data",
+        more=".jsonl, .json, .parquet, .csv or .txt; for language models a text",
     )
+    sample_batch_size: int = option(
+        512, "number of calibration examples", group="data", more="windows of language models"
+    )
+    seed: int = option(0, "seed of the calibration sample", group="data", advanced=True)
     uniform: bool = option(
-        False, "all blocks keep as many heads and neurons, so that the result has the shape of a stock model"
+        False,
+        "all blocks alike: loads without code of ours",
+        group="budget",
+        more="all blocks keep as many heads and neurons, so that the result has the shape of a stock model",
     )
-    budget: str = option("macs", f"what --mu is a fraction of: {', '.join(BUDGETS)} (method shrink, on this machine)")
-    latency_shape: tuple[int, ...] = option((8, 128), "examples and tokens of the input to time", nargs=2)
-    seed: int = option(0, "seed of the calibration sample")
-    sample_batch_size: int = option(512, "number of calibration examples")
-    data_dir: Path | None = option(None, "folder with data sets in the hub's column names; else the hub is asked")
-    bundled_data: bool = option(False, "use the small samples in the package where --data_dir has nothing")
+    budget: str = option(
+        "macs",
+        "what --mu is a fraction of",
+        group="budget",
+        advanced=True,
+        choices=BUDGETS,
+        more="latency is that of this machine, for method shrink",
+    )
+    latency_shape: tuple[int, ...] = option(
+        (8, 128), "examples and tokens of the input to time", group="budget", advanced=True, nargs=2
+    )
     round_to: int | None = option(
         1,
-        "keep a multiple of this many neurons in every block; auto: of what this machine is fastest with, by measuring",
+        "keep a multiple of this many neurons in every block",
+        group="budget",
+        advanced=True,
+        more="auto: of what this machine is fastest with, by measuring",
         type=multiple,
     )
-    min_heads: int = option(1, "heads that every block keeps at least")
-    min_neurons: int = option(1, "neurons that every block keeps at least")
-    batch_size: int = option(32, "examples per forward pass; changes speed and memory, not results")
-    save_dir: Path | None = option(None, "where the pruned model goes (default: below --output_dir)")
-    output_dir: Path = option(Path("output"), "where reports go")
+    min_heads: int = option(1, "heads that every block keeps at least", group="budget", advanced=True)
+    min_neurons: int = option(1, "neurons that every block keeps at least", group="budget", advanced=True)
+    method: str = option(DEFAULT_METHOD, "pruning method; stat takes seconds", group="method", choices=METHOD_NAMES)
+    search_seconds: float = option(
+        120.0,
+        "longest search for a better plan",
+        group="method",
+        more="of method shrink, for each budget; 0 for no search",
+    )
+    whole_heads: bool = option(
+        False,
+        "remove whole heads only",
+        group="method",
+        advanced=True,
+        more="method shrink keeps the width of heads",
+    )
+    save_dir: Path | None = option(None, "where the model goes", group="output", more="below --output_dir by default")
     export: str | None = option(
-        None, f"also write the pruned model for another runtime, and time it there: {', '.join(EXPORTS)}"
-    )
-    device: str = option("auto", "auto, cpu, cuda or cuda:<n>")
-    max_memory: float | None = option(
         None,
-        "GiB that weights and statistics may take; larger models pass block by block (default: 80 %% of what is free)",
+        "also write the pruned model for another runtime",
+        group="output",
+        advanced=True,
+        choices=EXPORTS,
+        more="and time it there",
     )
-    offload_dir: Path | None = option(None, "folder for what does not fit into memory (default: below --output_dir)")
-    dry_run: bool = option(False, "print what would be done, with sizes, memory and time, and stop")
-    resume: bool = option(False, "take up the calibration of an earlier, interrupted run")
-    push_to_hub: str = option("", "name on the hub, user/name, to send the finished checkpoint to (default: nowhere)")
-    private: bool = option(False, "with --push_to_hub: make a new repository private")
-    report_to: tuple[str, ...] = option((), f"send the figures to {', '.join(TRACKERS)} as well", nargs="+")
-
-    @property
-    def mac_length(self) -> float | None:
-        """Length at which MACs are counted, where the user gave one."""
-        return getattr(self, "sequence_length", None)
+    resume: bool = option(False, "take up an earlier, interrupted run", group="output")
+    push_to_hub: str = option("", "send the checkpoint to USER/NAME on the hub", group="output")
+    private: bool = option(False, "with --push_to_hub: make a new repository private", group="output", advanced=True)
 
     @property
     def quantizes(self) -> bool:
@@ -124,36 +198,18 @@ class PruneOptions:
         """Whether examples are needed."""
         return any(mu < 1 for mu in self.mu)
 
-    def _check_flags_of_shrink(self) -> None:
-        if not self.search_seconds >= 0:
-            raise InputError(f"--search_seconds {self.search_seconds}: must not be negative.")
-        if self.budget not in BUDGETS:
-            raise InputError(f"--budget {self.budget!r}: choose one of {', '.join(BUDGETS)}.")
-        if self.budget == "latency" and self.method != SHRINK:
-            raise InputError(f"--budget latency: --method {self.method} counts MACs only; use --method {SHRINK}.")
-        if len(self.latency_shape) != 2 or min(self.latency_shape) < 1:
-            shown = " ".join(map(str, self.latency_shape))
-            raise InputError(f"--latency_shape {shown}: give two positive numbers, examples and tokens.")
-
-    def _check_export(self) -> None:
-        if self.export is None:
-            return
-        if self.export not in EXPORTS:
-            raise InputError(f"--export {self.export!r}: choose one of {', '.join(EXPORTS)}.")
-        if self.quantizes:
-            raise InputError(
-                f"--export {self.export}: quantized models are written as ONNX by --format onnx; use that."
-            )
-        if all(mu == 1 for mu in self.mu):
-            raise InputError(
-                f"--export {self.export}: at --mu 1 no model is written; use shrinkformer export for the dense one."
-            )
-        require_onnx(f"--export {self.export}")
-
     def __post_init__(self) -> None:
-        require_method(self.method, uniform=self.uniform)
+        check_values(self)
+        self._check_numbers()
         self._check_flags_of_shrink()
-        length = 1.0 if self.mac_length is None else self.mac_length  # the mean length is not known yet
+        self._check_paths()
+        self._check_export()
+        self._check_publishing()
+        resolve_device(self.device)
+
+    def _check_numbers(self) -> None:
+        require_method(self.method, uniform=self.uniform)
+        length = 1.0 if self.sequence_length is None else self.sequence_length  # the mean length is not known yet
         round_to = 1 if self.round_to is None else self.round_to
         for mu in self.mu:
             Budget(mu, length, round_to, self.min_heads, self.min_neurons)
@@ -162,9 +218,19 @@ class PruneOptions:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1.")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: must not be negative.")
-        self._check_export()
         if self.max_memory is not None and not self.max_memory > 0:
             raise InputError(f"--max_memory {self.max_memory}: must be positive; it is in GiB.")
+
+    def _check_flags_of_shrink(self) -> None:
+        if not self.search_seconds >= 0:
+            raise InputError(f"--search_seconds {self.search_seconds}: must not be negative.")
+        if self.budget == "latency" and self.method != SHRINK:
+            raise InputError(f"--budget latency: --method {self.method} counts MACs only; use --method {SHRINK}.")
+        if len(self.latency_shape) != 2 or min(self.latency_shape) < 1:
+            shown = " ".join(map(str, self.latency_shape))
+            raise InputError(f"--latency_shape {shown}: give two positive numbers, examples and tokens.")
+
+    def _check_paths(self) -> None:
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise InputError(f"--data_dir {self.data_dir}: no such folder; leave it out to ask the hub.")
         for name in ("calibration_file", "evaluation_file"):
@@ -174,12 +240,28 @@ class PruneOptions:
         for name in ("output_dir", "save_dir", "offload_dir"):
             if getattr(self, name) is not None:
                 require_writable(f"--{name}", getattr(self, name))
-        if self.save_dir is not None and len(self.mu) == 1 and not may_be_replaced(self.save_dir):
+        if self.save_dir is not None and len(self.mu) == 1:
+            from shrinkformer.prune.checkpoint import may_be_replaced
+
+            if not may_be_replaced(self.save_dir):
+                raise InputError(
+                    f"--save_dir {self.save_dir}: it holds something else than our checkpoints; choose a new folder."
+                )
+
+    def _check_export(self) -> None:
+        if self.export is None:
+            return
+        if self.quantizes:
             raise InputError(
-                f"--save_dir {self.save_dir}: it holds something else than our checkpoints; choose a new folder."
+                f"--export {self.export}: quantized models are written as ONNX by --format onnx; use that."
             )
-        resolve_device(self.device)
-        self._check_publishing()
+        if all(mu == 1 for mu in self.mu):
+            raise InputError(
+                f"--export {self.export}: at --mu 1 no model is written; use shrinkformer export for the dense one."
+            )
+        from shrinkformer.export.runtime import require_onnx
+
+        require_onnx(f"--export {self.export}")
 
     def _check_publishing(self) -> None:
         require_trackers(self.report_to)
@@ -188,77 +270,75 @@ class PruneOptions:
         if self.push_to_hub:
             if not self.quantizes and not any(mu < 1 for mu in self.mu):
                 raise InputError(f"--push_to_hub {self.push_to_hub}: --mu 1 saves nothing; choose a smaller --mu.")
+            from shrinkformer.utils.hub import require_hub
+
             require_hub("--push_to_hub", self.push_to_hub)
 
 
 @dataclass(frozen=True)
 class EncoderOptions(PruneOptions):
-    """Options of ``prune_bert.py``."""
+    """Options for encoders."""
 
-    model_name: str = option(
-        BUNDLED_MODEL,
-        "checkpoint: models/<name>/<task>, a folder, the bundled all-MiniLM-L6-v2, or a name on the hub",
-    )
-    task_name: str = option("similarity", f"task to calibrate on and to evaluate: {', '.join(TASKS)}")
-    calibration_file: Path | None = option(None, "own calibration examples: .jsonl, .json, .parquet, .csv or .txt")
-    sequence_length: float | None = option(None, "length at which MACs count (default: mean of the evaluation set)")
+    model_name: str = changed(PruneOptions, "model_name", BUNDLED_MODEL)
+    task_name: str = changed(PruneOptions, "task_name", "similarity", choices=tuple(TASKS))
 
     def __post_init__(self) -> None:
         get_task(self.task_name)
         super().__post_init__()
 
 
-_CORPORA = ", ".join(CORPORA)
-
-
 @dataclass(frozen=True)
-class EvaluationOptions:
-    """Options of ``opt_eval.py``, and of every command that measures perplexity."""
+class DecoderEvaluateOptions:
+    """What commands that measure perplexity have beside :class:`EvaluateOptions`."""
 
-    model_name: str = option(
-        BUNDLED_DECODER,
-        "checkpoint: models/<name>, a folder, the bundled opt-mini, or a name on the hub (opt-125M too)",
+    evaluation_file: Path | None = option(
+        None, "own text to measure perplexity on", group="data", more="beside the corpora; UTF-8"
     )
-    evaluation_file: Path | None = option(None, "own text to measure perplexity on beside the corpora: UTF-8")
-    sequence_length: int | None = option(None, "tokens per window (default: as many as the model takes, at most 4096)")
-    evaluation_windows: int | None = option(None, "only so many windows of each corpus, for a quick look")
-    lm_eval: tuple[str, ...] = option((), "tasks of EleutherAI's harness to run on the models as well", nargs="*")
+    evaluation_windows: int | None = option(
+        None, "only so many windows of each corpus", group="data", advanced=True, more="for a quick look"
+    )
+    lm_eval: tuple[str, ...] = option(
+        (), "tasks of EleutherAI's harness to run, too", group="data", advanced=True, nargs="*", distinct=True
+    )
     dtype: str = option(
-        "auto", "type of the weights in memory: auto (float32, on a GPU as stored), float32, bfloat16, float16"
+        AUTO,
+        "type of the weights in memory",
+        advanced=True,
+        choices=DTYPES,
+        more="auto is float32, on a GPU as stored",
     )
 
 
 @dataclass(frozen=True)
-class DecoderOptions(EvaluationOptions, PruneOptions):
-    """Options of ``prune_opt.py``."""
+class DecoderOptions(DecoderEvaluateOptions, PruneOptions):
+    """Options for language models."""
 
-    task: str = option("wikitext2", f"corpus to calibrate on: {_CORPORA}; perplexity is measured on all of them")
-    mu: tuple[float, ...] = option(
-        (0.7,), "fraction of MACs that stays; several values share one calibration", nargs="+"
-    )
-    sample_batch_size: int = option(128, "number of calibration windows")
-    batch_size: int = option(8, "windows per forward pass; changes speed and memory, not results")
-    calibration_file: Path | None = option(None, "own calibration text instead of --task's: UTF-8")
+    model_name: str = changed(PruneOptions, "model_name", BUNDLED_DECODER)
+    task_name: str = changed(PruneOptions, "task_name", "wikitext2", choices=tuple(CORPORA))
+    mu: tuple[float, ...] = changed(PruneOptions, "mu", (0.7,))
+    sample_batch_size: int = changed(PruneOptions, "sample_batch_size", 128)
+    batch_size: int = changed(PruneOptions, "batch_size", 8)
+    sequence_length: int | None = changed(PruneOptions, "sequence_length", None)
 
     def __post_init__(self) -> None:
-        get_corpus(self.task)
+        get_corpus(self.task_name)
         if self.sequence_length is not None and self.sequence_length < 2:
             raise InputError(f"--sequence_length {self.sequence_length}: must be at least 2 tokens.")
         if self.evaluation_windows is not None and self.evaluation_windows < 1:
             raise InputError(f"--evaluation_windows {self.evaluation_windows}: must be at least 1.")
-        if self.dtype not in DTYPES:
-            raise InputError(f"--dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}.")
         super().__post_init__()
         if self.calibration_file is not None and self.evaluation_file is not None:
+            from shrinkformer.dataset.corpora import require_different_files
+
             require_different_files(self.calibration_file, self.evaluation_file)
 
 
-DTYPES: dict[str, torch.dtype | None] = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+def torch_dtype(name: str) -> "torch.dtype | None":
+    """The type that a ``--dtype`` value means; None for ``auto``."""
+    import torch
+
+    found: torch.dtype | None = None if name == AUTO else getattr(torch, name)
+    return found
 
 
 def require_writable(flag: str, folder: Path) -> None:
@@ -282,7 +362,9 @@ def resolve_device(name: str) -> str:
     Raises:
         InputError: There is no such device here.
     """
-    if name == "auto":
+    import torch
+
+    if name == AUTO:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)

@@ -1,6 +1,6 @@
-"""``prune_bert.py``: prune an encoder under a MAC budget, evaluate and save it."""
+"""``prune_bert.py``: what is read for an encoder, and how it is judged."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,8 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures.limits import max_positions
-from shrinkformer.commands.console import run_command
-from shrinkformer.commands.flags import parse_options
 from shrinkformer.commands.locate import (
     Source,
     find_model,
@@ -18,6 +16,7 @@ from shrinkformer.commands.locate import (
     model_class,
     require_fitting_tokens,
 )
+from shrinkformer.commands.main import prune_bert as main
 from shrinkformer.commands.options import EncoderOptions, resolve_device
 from shrinkformer.commands.pruning import run_pruning
 from shrinkformer.commands.session import Job, show_progress
@@ -31,17 +30,9 @@ from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
 from shrinkformer.utils.parallel import Workers, local_device, workers_of
 
-PROG = "prune_bert.py"
+__all__ = ["main", "read_data", "read_job", "run_encoder"]
 
 Options = TypeVar("Options", bound=EncoderOptions)
-
-
-def prune_command(arguments: Sequence[str] | None) -> None:
-    """Everything that ``prune_bert.py`` does."""
-    options = parse_options(
-        EncoderOptions, arguments, prog=PROG, description="Prune an encoder under a MAC budget, evaluate and save it."
-    )
-    run_encoder(options)
 
 
 def run_encoder(options: Options, run: Callable[[Job, Options, dict[str, float]], None] = run_pruning) -> None:
@@ -125,8 +116,3 @@ def read_data(
         for split in evaluation_splits(task, options.data_dir, options.bundled_data)
     }
     return calibration, evaluation
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``prune_bert.py``."""
-    return run_command(prune_command, arguments, PROG)

@@ -1,6 +1,6 @@
-"""``prune_opt.py``: prune a language model under a MAC budget, measure perplexity and save it."""
+"""``prune_opt.py``: what is read for a language model, and how it is judged."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,8 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures.limits import max_positions
-from shrinkformer.commands.console import run_command
-from shrinkformer.commands.flags import parse_options
 from shrinkformer.commands.locate import (
     Source,
     find_decoder,
@@ -18,17 +16,12 @@ from shrinkformer.commands.locate import (
     model_class,
     require_fitting_tokens,
 )
-from shrinkformer.commands.options import BUNDLED_DECODER, DTYPES, DecoderOptions, resolve_device
+from shrinkformer.commands.main import prune_opt as main
+from shrinkformer.commands.options import BUNDLED_DECODER, DecoderOptions, resolve_device, torch_dtype
 from shrinkformer.commands.pruning import run_pruning
 from shrinkformer.commands.session import Evaluate, Job, show_progress
-from shrinkformer.dataset.corpora import (
-    CORPORA,
-    calibration_windows,
-    evaluation_windows,
-    get_corpus,
-    read_text_file,
-    windows_of,
-)
+from shrinkformer.dataset.corpora import calibration_windows, evaluation_windows, read_text_file, windows_of
+from shrinkformer.dataset.corpus import CORPORA, get_corpus
 from shrinkformer.errors import InputError
 from shrinkformer.evaluate.harness import harness_is_installed, run_harness
 from shrinkformer.evaluate.paired import STDERR, Scores
@@ -38,23 +31,12 @@ from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
 from shrinkformer.utils.parallel import Workers, local_device, workers_of
 
-PROG = "prune_opt.py"
+__all__ = ["LONGEST", "main", "read_job", "run_decoder"]
 
 Options = TypeVar("Options", bound=DecoderOptions)
 
 LONGEST = 4096
 """Longest default window: models that take a hundred thousand tokens are measured on shorter ones by everybody."""
-
-
-def prune_command(arguments: Sequence[str] | None) -> None:
-    """Everything that ``prune_opt.py`` does."""
-    options = parse_options(
-        DecoderOptions,
-        arguments,
-        prog=PROG,
-        description="Prune a language model under a MAC budget, measure perplexity and save it.",
-    )
-    run_decoder(options)
 
 
 def run_decoder(options: Options, run: Callable[[Job, Options, dict[str, float]], None] = run_pruning) -> None:
@@ -73,7 +55,7 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
     Raises:
         InputError: The model is missing or no language model, or an option does not fit it.
     """
-    source = find_decoder(options.model_name, options.task)
+    source = find_decoder(options.model_name, options.task_name)
     tokenizer = load_tokenizer(source)
     length = window_length(options, source, tokenizer)
     bundled = options.bundled_data or (options.data_dir is None and options.model_name == BUNDLED_DECODER)
@@ -84,9 +66,11 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
     if options.lm_eval and not harness_is_installed():
         raise InputError('--lm_eval: the harness is not installed; pip install "shrinkformer[lm-eval]".')
     own = options.calibration_file
-    task_name = options.task if own is None else own.name
-    main = options.evaluation_file.name if own is not None and options.evaluation_file is not None else options.task
-    dtype = DTYPES[options.dtype]
+    task_name = options.task_name if own is None else own.name
+    main = (
+        options.evaluation_file.name if own is not None and options.evaluation_file is not None else options.task_name
+    )
+    dtype = torch_dtype(options.dtype)
     if dtype is None:
         dtype = source.dtype if torch.device(device).type == "cuda" else torch.float32
     return Job(
@@ -140,7 +124,7 @@ def read_calibration(options: DecoderOptions, tokenizer: Any, length: int, bundl
         return torch.zeros(0, length, dtype=torch.int64)
     own = options.calibration_file
     return calibration_windows(
-        get_corpus(options.task) if own is None else read_text_file(own),
+        get_corpus(options.task_name) if own is None else read_text_file(own),
         tokenizer,
         length=length,
         size=options.sample_batch_size,
@@ -193,8 +177,3 @@ def make_evaluate(
 
 def _scores(name: str, found: Perplexity) -> Scores:
     return Scores({name: found.value, f"{name}{STDERR}": found.stderr}, {name: found.deviations})
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``prune_opt.py``."""
-    return run_command(prune_command, arguments, PROG)

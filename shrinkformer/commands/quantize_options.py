@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from shrinkformer.commands.options import DecoderOptions, EncoderOptions, option
+from shrinkformer.commands.flags import changed, check_values, option
+from shrinkformer.commands.options import DecoderOptions, EncoderOptions, PruneOptions
 from shrinkformer.errors import InputError
 from shrinkformer.prune.sites import OUTSIDE, SCOPES
-from shrinkformer.quantize.checkpoint import ALL_FORMATS, DEFAULT_FORMAT
-from shrinkformer.quantize.config import QuantizeConfig
+from shrinkformer.quantize.names import ALL_FORMATS, DEFAULT_FORMAT
 from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, RECIPES
-from shrinkformer.quantize.scheme import BITS
+from shrinkformer.quantize.scheme import BITS, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from shrinkformer.quantize.config import QuantizeConfig
 
 _UNMIXED = {
     "gptq": "holds one number of bits for all layers",
@@ -24,7 +27,7 @@ _UNMIXED = {
 
 @dataclass(frozen=True)
 class QuantizeFlags:
-    """What ``quantize_bert.py`` and ``quantize_opt.py`` have beside the options of pruning."""
+    """What quantizing has beside the options of pruning."""
 
     excludes: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "target_ratio": {
@@ -38,22 +41,36 @@ class QuantizeFlags:
         }
     }
 
-    mu: tuple[float, ...] = option((1.0,), "fraction of MACs that stays; 1 prunes nothing", nargs="+")
+    mu: tuple[float, ...] = changed(PruneOptions, "mu", (1.0,), more="1 prunes nothing; several share one calibration")
     target_ratio: float | None = option(
         None,
-        "fraction of the dense checkpoint's bytes that may stay: chooses the sizes of the blocks and the bits of every "
-        "layer, embeddings included, in place of --mu and --bits (default: as they say)",
+        "fraction of bytes that stays, for --mu and --bits",
+        group="budget",
+        more="of the dense checkpoint; chooses sizes of blocks and bits of layers, embeddings included",
     )
-    bits: int = option(4, f"bits of a weight: {', '.join(map(str, BITS))}")
-    group_size: int = option(128, "neighbouring inputs that share a scale; -1 for one scale per output")
-    quantizer: str = option(DEFAULT_QUANTIZER, f"how codes are found: {', '.join(RECIPES)}")
-    asymmetric: bool = option(False, "store zero points; fewer readers take them")
-    layers: str = option("all", f"which linear layers of the blocks: {', '.join(SCOPES)}")
-    also: tuple[str, ...] = option((), f"quantize these, too: {', '.join(OUTSIDE)}", nargs="+")
+    bits: int = option(4, "bits of a weight", group="method", choices=BITS)
+    group_size: int = option(
+        128, "neighbouring inputs that share a scale", group="method", more="-1 for one scale per output"
+    )
+    quantizer: str = option(DEFAULT_QUANTIZER, "how codes are found", group="method", choices=tuple(RECIPES))
+    asymmetric: bool = option(False, "store zero points", group="method", advanced=True, more="fewer readers take them")
+    layers: str = option("all", "which linear layers of the blocks", group="method", advanced=True, choices=SCOPES)
+    also: tuple[str, ...] = option((), "quantize these, too", group="method", advanced=True, choices=OUTSIDE, nargs="+")
     format: tuple[str, ...] = option(
-        (DEFAULT_FORMAT,), f"what to write, one or several: {', '.join(ALL_FORMATS)}", nargs="+"
+        (DEFAULT_FORMAT,),
+        "what to write; one or several",
+        group="output",
+        choices=ALL_FORMATS,
+        nargs="+",
+        distinct=True,
     )
-    round_to: int = option(32, "keep a multiple of this many neurons in every block, so that groups divide them")
+    round_to: int = option(
+        32,
+        "keep a multiple of this many neurons in every block",
+        group="budget",
+        advanced=True,
+        more="so that groups divide them",
+    )
 
     def check(self) -> None:
         """Check these flags alone.
@@ -61,10 +78,7 @@ class QuantizeFlags:
         Raises:
             InputError: A value is out of its range, or does not go with another one.
         """
-        self.quantization(torch.float16)
-        for name in self.format:
-            if name not in ALL_FORMATS:
-                raise InputError(f"--format {name!r}: choose among {', '.join(ALL_FORMATS)}.")
+        Scheme(self.bits, self.group_size, not self.asymmetric)
         if self.bits == 1 and set(self.format) != {"float"}:
             raise InputError("--bits 1: no packed format holds one bit; add --format float.")
         if self.target_ratio is not None:
@@ -97,8 +111,10 @@ class QuantizeFlags:
         """Whether blocks are quantized, which takes more memory."""
         return True
 
-    def quantization(self, scale_dtype: torch.dtype) -> QuantizeConfig:
+    def quantization(self, scale_dtype: "torch.dtype") -> "QuantizeConfig":
         """As the library takes it."""
+        from shrinkformer.quantize.config import QuantizeConfig
+
         return QuantizeConfig(
             bits=self.bits,
             group_size=self.group_size,
@@ -112,18 +128,20 @@ class QuantizeFlags:
 
 @dataclass(frozen=True)
 class EncoderQuantizeOptions(QuantizeFlags, EncoderOptions):
-    """Options of ``quantize_bert.py``."""
+    """Options for encoders."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         self.check()
         super().__post_init__()
 
 
 @dataclass(frozen=True)
 class DecoderQuantizeOptions(QuantizeFlags, DecoderOptions):
-    """Options of ``quantize_opt.py``."""
+    """Options for language models."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         self.check()
         super().__post_init__()
 

@@ -26,8 +26,9 @@ from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.statistics import Progress
 from shrinkformer.prune.stock import is_stock
-from shrinkformer.quantize.checkpoint import ONNX, load, save
+from shrinkformer.quantize.checkpoint import load, save
 from shrinkformer.quantize.config import Quantized
+from shrinkformer.quantize.names import ONNX
 from shrinkformer.quantize.outside import require_outside
 from shrinkformer.quantize.quantizer import quantize_, require_groups
 from shrinkformer.quantize.resume import QuantizedBlocks

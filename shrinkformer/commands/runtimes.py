@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shrinkformer.commands.latency_options import COMPILE, ONNX
 from shrinkformer.efficiency.latency import Timed, call_model
 from shrinkformer.errors import InputError, ShrinkformerError
 from shrinkformer.utils.inputs import call
-
-EAGER, COMPILE, ONNX = "eager", "compile", "onnx"
-
-RUNTIMES = (EAGER, COMPILE, ONNX)
 
 _MANY = 4096
 """Shapes and models that torch may compile one function for; beyond its own limit of 8 it silently stops to compile."""

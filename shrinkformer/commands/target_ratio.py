@@ -12,7 +12,7 @@ from shrinkformer.commands.session import Job, Session, measure
 from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune.budget import Budget
-from shrinkformer.prune.methods import SHRINK
+from shrinkformer.prune.names import SHRINK
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.quantize.byte_budget import Compressed, Compressor, learn_bytes, require_bytes

@@ -8,15 +8,21 @@ import importlib.util
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shrinkformer.commands.report import Measured, Run
 from shrinkformer.errors import InputError, ShrinkformerError
+from shrinkformer.utils.installation import how_to_install
 
-Writer = Callable[[Run, Path], None]
+if TYPE_CHECKING:
+    from shrinkformer.commands.report import (  # takes the seconds that torch takes, and --help lists TRACKERS
+        Measured,
+        Run,
+    )
+
+Writer = Callable[["Run", Path], None]
 
 
-def scalars(run: Run) -> dict[str, float]:
+def scalars(run: "Run") -> dict[str, float]:
     """Every figure of a run: ``dense/accuracy``, ``pruned/macs``, ``ratio/bytes``, ``seconds/total``, ..."""
     found = {
         f"{model}/{name}": value for model, figures in run.models.items() for name, value in _figures(figures).items()
@@ -26,12 +32,12 @@ def scalars(run: Run) -> dict[str, float]:
     return found | {f"seconds/{name}": value for name, value in record["seconds"].items()}
 
 
-def _figures(figures: Measured) -> dict[str, float]:
+def _figures(figures: "Measured") -> dict[str, float]:
     sizes = {"macs": figures.macs, "parameters": figures.parameters, "bytes": figures.bytes}
     return {**figures.metrics, **sizes, **{f"latency_ms_{shape}": ms for shape, ms in figures.latency_ms.items()}}
 
 
-def settings(run: Run) -> dict[str, str | int | float]:
+def settings(run: "Run") -> dict[str, str | int | float]:
     """What a run was asked for."""
     found: dict[str, str | int | float] = {
         "model_name": run.model_name,
@@ -47,7 +53,7 @@ def settings(run: Run) -> dict[str, str | int | float]:
     return found
 
 
-def _write_tensorboard(run: Run, folder: Path) -> None:
+def _write_tensorboard(run: "Run", folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     writer: Any = SummaryWriter(log_dir=str(folder))
@@ -60,7 +66,7 @@ def _write_tensorboard(run: Run, folder: Path) -> None:
         writer.close()
 
 
-def _write_wandb(run: Run, folder: Path) -> None:
+def _write_wandb(run: "Run", folder: Path) -> None:
     import wandb
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,10 +93,10 @@ def require_trackers(names: Collection[str]) -> None:
         if name not in _WRITERS:
             raise InputError(f"--report_to {name!r}: choose among {', '.join(TRACKERS)}.")
         if importlib.util.find_spec(name) is None:
-            raise InputError(f'--report_to {name}: it is not installed; pip install "shrinkformer[{name}]".')
+            raise InputError(f"--report_to {name}: it is not installed; {how_to_install(name)}.")
 
 
-def track(run: Run, names: Collection[str], folder: Path) -> None:
+def track(run: "Run", names: Collection[str], folder: Path) -> None:
     """Send the figures of a run to trackers.
 
     Args:

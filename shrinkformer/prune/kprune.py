@@ -28,7 +28,7 @@ from shrinkformer.prune.masks import (
     relative_error,
     wanted_outputs,
 )
-from shrinkformer.prune.methods import KPRUNE, require_method
+from shrinkformer.prune.names import KPRUNE, require_method
 from shrinkformer.prune.objective import Objective, Predictions, objective_of
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed

@@ -26,7 +26,7 @@ from shrinkformer.prune.masks import (
     relative_error,
     wanted_outputs,
 )
-from shrinkformer.prune.methods import KWON
+from shrinkformer.prune.names import KWON
 from shrinkformer.prune.objective import Objective, objective_of
 from shrinkformer.prune.regression import Sums
 from shrinkformer.prune.resources import Resources

@@ -17,9 +17,9 @@ from shrinkformer.prune import ranking
 from shrinkformer.prune.allocation import allocate_at_threshold, allocate_globally, allocate_uniformly
 from shrinkformer.prune.budget import CostModel, Counts
 from shrinkformer.prune.moments import Moments
+from shrinkformer.prune.names import KPRUNE, METHOD_NAMES, RANKING, SHRINK
 from shrinkformer.prune.ranking import Ranking
 from shrinkformer.prune.refit import Correction
-from shrinkformer.prune.stock import UNIFORM
 
 
 @dataclass(frozen=True)
@@ -249,11 +249,6 @@ class Obs:
         return allocate_uniformly(costs)
 
 
-SHRINK, KWON, KPRUNE = WHOLE_MODEL = ("shrink", "kwon", "kprune")
-"""Our own method, and others that measure a model as a whole; they have modules of their own."""
-
-DEFAULT_METHOD = SHRINK
-
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -270,27 +265,7 @@ METHODS: dict[str, Method] = {
     )
 }
 
-METHOD_NAMES = (SHRINK, *METHODS, KWON, KPRUNE)
-
-
-def require_method(name: str, *, uniform: bool = False) -> None:
-    """Check the name of a pruning method.
-
-    Args:
-        name: Of the method.
-        uniform: Whether it shall give all blocks the same sizes.
-
-    Raises:
-        InputError: There is none, or it cannot do that.
-    """
-    if name not in WHOLE_MODEL:
-        get_method(name)
-    if uniform and name == KPRUNE:
-        others = ", ".join(other for other in METHOD_NAMES if other != KPRUNE)
-        raise InputError(
-            f"{UNIFORM}: --method {name} chooses the size of a block when those before it are pruned; "
-            f"choose one of {others}."
-        )
+assert tuple(METHODS) == RANKING, "a method that ranks has its name in prune/names.py, too"
 
 
 def is_fitted(name: str) -> bool:

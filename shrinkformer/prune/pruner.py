@@ -11,7 +11,8 @@ from shrinkformer.prune.columns import warn_of_few_tokens
 from shrinkformer.prune.guarded import learn_guarded
 from shrinkformer.prune.kprune import learn_kprune
 from shrinkformer.prune.kwon import learn_kwon
-from shrinkformer.prune.methods import DEFAULT_METHOD, KPRUNE, KWON, SHRINK, is_fitted, require_method
+from shrinkformer.prune.methods import is_fitted
+from shrinkformer.prune.names import DEFAULT_METHOD, KPRUNE, KWON, SHRINK, require_method
 from shrinkformer.prune.objective import Objective
 from shrinkformer.prune.ranked import rank_units
 from shrinkformer.prune.resources import Resources

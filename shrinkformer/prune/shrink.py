@@ -20,7 +20,7 @@ from shrinkformer.prune.guarded import prune_guarded
 from shrinkformer.prune.latency_table import LatencyCosts, LatencyTable
 from shrinkformer.prune.ledger import name_of
 from shrinkformer.prune.levels import BlockLevels
-from shrinkformer.prune.methods import SHRINK
+from shrinkformer.prune.names import SHRINK
 from shrinkformer.prune.objective import Objective, objective_of
 from shrinkformer.prune.plan import LayerPlan, Plan, warn_of_surprise
 from shrinkformer.prune.ranked import Ranked, rank_units

@@ -1,9 +1,12 @@
 """The linear layers of a block that are quantized together, because they see the same input."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from shrinkformer.architectures import Architecture
 from shrinkformer.errors import InputError
+
+if TYPE_CHECKING:
+    from shrinkformer.architectures import Architecture  # takes the seconds that torch takes, and --help lists SCOPES
 
 SCOPES = ("attention", "ffn", "all")
 
@@ -24,7 +27,7 @@ class Site:
     residual: str = ""
 
 
-def block_sites(architecture: Architecture, scope: str = "all") -> tuple[Site, ...]:
+def block_sites(architecture: "Architecture", scope: str = "all") -> tuple[Site, ...]:
     """The sites of every block of an architecture, in the order in which data passes them.
 
     Args:

@@ -21,18 +21,13 @@ from shrinkformer.prune.streamed import add_tensors, tied_weights
 from shrinkformer.quantize.formats import FLOAT, FORMATS
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layout import Format
+from shrinkformer.quantize.names import ALL_FORMATS, DEFAULT_FORMAT, ONNX
 from shrinkformer.quantize.onnx_export import export_onnx
 from shrinkformer.quantize.reading import read_quantized_state_dict
 from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.trust.foreign import foreign_errors
 from shrinkformer.utils.hub import folder_of
 from shrinkformer.utils.inputs import accepted_inputs
-
-DEFAULT_FORMAT = "compressed-tensors"
-
-ONNX = "onnx"
-
-ALL_FORMATS = (*FORMATS, ONNX)
 
 _AGAIN = "download the model again, or quantize it again."
 

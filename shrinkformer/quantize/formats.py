@@ -11,6 +11,7 @@ from shrinkformer.quantize.compressed_tensors import COMPRESSED_TENSORS
 from shrinkformer.quantize.gptq_layout import GPTQ
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layout import Format, Stored, Tensors
+from shrinkformer.quantize.names import ALL_FORMATS, ONNX
 from shrinkformer.quantize.scheme import Scheme
 
 
@@ -39,3 +40,5 @@ FLOAT = Format(
 
 FORMATS: dict[str, Format] = {each.name: each for each in (COMPRESSED_TENSORS, GPTQ, FLOAT)}
 """By the name of ``--format``."""
+
+assert (*FORMATS, ONNX) == ALL_FORMATS, "a format has its name in quantize/names.py, too"

@@ -1,11 +1,13 @@
 """How weights are stored: bits, groups and kind of grid."""
 
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from shrinkformer.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 BITS = (1, 2, 3, 4, 8)
 
@@ -57,8 +59,10 @@ class Scheme:
         """Scales of one row."""
         return -(-inputs // self.width(inputs))
 
-    def group_of(self, inputs: int, device: torch.device | str = "cpu") -> Tensor:
+    def group_of(self, inputs: int, device: "torch.device | str" = "cpu") -> "Tensor":
         """The group of every column, ``(inputs,)`` int64."""
+        import torch  # here, so that --help, which lists the numbers of bits, is quick
+
         return torch.arange(inputs, device=device) // self.width(inputs)
 
     def fitting(self, inputs: int) -> "Scheme":
