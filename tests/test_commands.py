@@ -240,7 +240,7 @@ BAD_INPUT = {
     "mu not a number": (["--mu", "half"], r"--mu.*half"),
     "less than no time": (["--search_seconds", "-1"], r"--search_seconds -1.0: must not be negative"),
     "unknown flag": (["--nu", "1"], r"--nu"),
-    "unknown method": (["--method", "best"], r"--method 'best' is not known.*stat"),
+    "unknown method": (["--method", "best"], r"--method 'best': choose one of .*stat"),
     "no data folder": (["--data_dir", "nowhere"], r"--data_dir nowhere: no such folder"),
     "no calibration file": (["--calibration_file", "x.txt"], r"--calibration_file x.txt: no such file"),
     "no model": (["--model_name", "nobody/nothing"], r"--model_name nobody/nothing: not in models/nobody/nothing/sst2"),
@@ -256,7 +256,7 @@ BAD_INPUT = {
     "no samples": (["--sample_batch_size", "0"], r"--sample_batch_size 0: must be at least 1"),
     "seed": (["--seed", "-1"], r"--seed -1"),
     "round_to": (["--round_to", "0"], r"--round_to 0"),
-    "round_to a word": (["--round_to", "often"], r"--round_to: 'often' is neither a number nor auto"),
+    "round_to a word": (["--round_to", "often"], r"--round_to 'often': give a whole number, or auto"),
     "sequence length": (["--sequence_length", "-3"], r"--sequence_length -3"),
     "unsupported family": (
         ["--model_name", "bloom"],

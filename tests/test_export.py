@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import shrinkformer
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands import export as command
 from shrinkformer.commands import prune_bert
-from shrinkformer.commands.export import main
 from shrinkformer.commands.exporting import describe_onnx
 from shrinkformer.commands.quantize_bert import main as quantize
+from shrinkformer.commands.verbs import run_verb
 from shrinkformer.errors import CheckpointError, InputError, ShrinkformerError
 from shrinkformer.export import onnx_export, runtime
 from shrinkformer.export.int8 import compare
@@ -28,11 +29,14 @@ from shrinkformer.prune.checkpoint import save
 from shrinkformer.prune.pruned_modeling import set_block_sizes
 from shrinkformer.prune.pruner import prune_model
 from shrinkformer.quantize import checkpoint as quantized_checkpoint
+from shrinkformer.utils.installation import how_to_install
 from tests.conftest import ROOT, build_model, build_tokenizer, make_batches
 
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
+
+main = partial(run_verb, "export")
 
 BATCHES = make_batches([3 + index % 18 for index in range(24)], batch_size=8)
 
@@ -293,7 +297,7 @@ def test_wrong_flags_of_export_are_told_before_anything_is_loaded(
     assert "at --mu 1 no model is written" in told(prune_bert.main([*base, "--mu", "1", "--export", "onnx"]))
     assert "--format onnx" in told(quantize([*base, "--export", "onnx"]))
     monkeypatch.setattr(runtime, "onnx_is_installed", lambda: False)
-    assert 'pip install "shrinkformer[export]"' in told(prune_bert.main([*base, "--export", "onnx"]))
+    assert how_to_install("export") in told(prune_bert.main([*base, "--export", "onnx"]))
 
 
 def test_wrong_input_of_the_command_is_told(
@@ -315,10 +319,7 @@ def test_wrong_input_of_the_command_is_told(
         assert error.count("\n") == 1
     monkeypatch.setattr(runtime, "onnx_is_installed", lambda: False)
     assert main([str(model_folder)]) == 2
-    assert (
-        '--to onnx needs onnx, onnxscript and onnxruntime: pip install "shrinkformer[export]"'
-        in capsys.readouterr().err
-    )
+    assert f"--to onnx needs onnx, onnxscript and onnxruntime: {how_to_install('export')}." in capsys.readouterr().err
 
 
 def test_other_outputs_are_refused(folders: Any, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from shrinkformer.pictures import png
 from shrinkformer.prune import checkpoint
 from shrinkformer.quantize import checkpoint as quantized_checkpoint
 from shrinkformer.quantize.config import QuantizeConfig
+from shrinkformer.utils.installation import how_to_install
 from tests.conftest import FAMILIES, build_model, build_tokenizer, make_batches
 from tests.test_pictures import check, record
 
@@ -289,7 +290,7 @@ def test_damaged_folders_end_in_one_line(
         (["{model}", "--png", "."], "--png .: it is a folder"),
         (["{model}", "--sequence_length", "0"], "--sequence_length 0.0"),
         (["{model}", "--sequence_length", "nan"], "--sequence_length nan"),
-        (["{model}", "--bits"], "unrecognized arguments"),
+        (["{model}", "--bits"], "--bits: there is no such flag"),
         ([], "DIR"),
         (["nothing.jsonl"], "nothing.jsonl: it cannot be read"),
     ],
@@ -304,7 +305,7 @@ def test_wrong_flags(flags: list[str], message: str, model_folder: Path, capsys:
 def test_png_is_refused_before_anything_is_read(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(png.importlib.util, "find_spec", lambda _name: None)
     assert main(["inspect", "nowhere", "--png", "x.png"]) == 2
-    assert 'pip install "shrinkformer[figures]"' in capsys.readouterr().err
+    assert how_to_install("figures") in capsys.readouterr().err
 
 
 def test_a_report(tmp_path: Path, capsys: Capture) -> None:

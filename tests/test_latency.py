@@ -263,8 +263,8 @@ class TestCommand:
             (["--length", "70", "--decode"], "--length 70 and 17 decoding steps: {dense} takes at most 80 tokens"),
             (["--device", "abacus"], "--device 'abacus': not a device"),
             (["--output", "{dense}"], "--output {dense}: it is a folder"),
-            (["--length", "many"], "--length: invalid int value: 'many'"),
-            (["--length", "8", "no/such/model"], "--length: invalid int value: 'no/such/model'"),
+            (["--length", "many"], "--length 'many': give a whole number"),
+            (["--length", "8", "no/such/model"], "--length 'no/such/model': give a whole number; a model"),
         ],
     )
     def test_wrong_input_is_one_line(

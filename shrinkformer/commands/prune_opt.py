@@ -29,6 +29,7 @@ from shrinkformer.evaluate.perplexity import Perplexity, evaluate_perplexity
 from shrinkformer.evaluate.streaming import stream_perplexity
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
+from shrinkformer.utils.installation import how_to_install
 from shrinkformer.utils.parallel import Workers, local_device, workers_of
 
 __all__ = ["LONGEST", "main", "read_job", "run_decoder"]
@@ -64,7 +65,7 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
     windows = [calibration, *evaluation.values()]
     require_fitting_tokens(source, [[{"input_ids": ids.flatten().tolist()}] for ids in windows])
     if options.lm_eval and not harness_is_installed():
-        raise InputError('--lm_eval: the harness is not installed; pip install "shrinkformer[lm-eval]".')
+        raise InputError(f"--lm_eval: the harness is not installed; {how_to_install('lm-eval')}.")
     own = options.calibration_file
     task_name = options.task_name if own is None else own.name
     main = (

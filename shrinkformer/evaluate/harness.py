@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from shrinkformer.errors import DataError, InputError
+from shrinkformer.utils.installation import how_to_install
 from shrinkformer.utils.modes import evaluation_mode
 
 FLAG = "--lm_eval"
@@ -61,9 +62,7 @@ def run_harness(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise InputError(
-            f'{FLAG} needs the lm-evaluation-harness ({error}): pip install "shrinkformer[lm-eval]"'
-        ) from error
+        raise InputError(f"{FLAG} needs the lm-evaluation-harness ({error}): {how_to_install('lm-eval')}") from error
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     _require_tasks(tasks, manager.all_tasks)
     with evaluation_mode(model), torch.no_grad(), _random_states_kept():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shrinkformer.errors import CheckpointError, InputError
+from shrinkformer.utils.installation import how_to_install
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -37,7 +38,7 @@ def require_onnx(asked: str) -> None:
         InputError: A package is missing.
     """
     if not onnx_is_installed():
-        raise InputError(f'{asked} needs onnx, onnxscript and onnxruntime: pip install "shrinkformer[export]".')
+        raise InputError(f"{asked} needs onnx, onnxscript and onnxruntime: {how_to_install('export')}.")
 
 
 class OnnxModel:
@@ -65,7 +66,7 @@ class OnnxModel:
             CheckpointError: onnxruntime cannot open the file.
         """
         if importlib.util.find_spec("onnxruntime") is None:
-            raise InputError('running ONNX files needs onnxruntime: pip install "shrinkformer[export]".')
+            raise InputError(f"running ONNX files needs onnxruntime: {how_to_install('export')}.")
         if not Path(path).is_file():
             raise InputError(f"{path}: no such ONNX file.")
         threads = torch.get_num_threads() if threads is None else threads

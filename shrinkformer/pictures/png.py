@@ -8,6 +8,7 @@ from typing import Any
 
 from shrinkformer.errors import InputError
 from shrinkformer.pictures.charts import BarChart, Chart, PointChart, has_data
+from shrinkformer.utils.installation import how_to_install
 
 _COLOURS = {
     "dense": "#a3abb5", "pruned": "#0072b2", "quantized": "#d55e00", "second": "#009e73", "third": "#b0518f",
@@ -25,7 +26,7 @@ def require_matplotlib() -> None:
         InputError: It is not.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError('--png needs matplotlib: pip install "shrinkformer[figures]"')
+        raise InputError(f"--png needs matplotlib: {how_to_install('figures')}.")
 
 
 def draw_png(title: str, charts: Sequence[Chart]) -> bytes:
