@@ -122,7 +122,7 @@ def padded_batches(
 
     Args:
         features: unpadded features.
-        tokenizer: pads them (its side, its padding token).
+        tokenizer: pads them (its padding token).
         batch_size: features per batch.
 
     Yields:
@@ -142,11 +142,14 @@ def padded_batches(
 
 
 def pad(features: Features, tokenizer: Any) -> dict[str, torch.Tensor]:
-    """Pad features to the longest of them: int64 tensors of shape (batch, length)."""
+    """Pad features to the longest of them: int64 tensors of shape (batch, length).
+
+    Always on the right: many models count positions from the first column, padding or not.
+    """
     warned = tokenizer.deprecation_warnings.get("Asking-to-pad-a-fast-tokenizer", False)
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # the ids exist already: pad is all we want
     try:
-        return dict(tokenizer.pad(features, padding=True, return_tensors="pt"))
+        return dict(tokenizer.pad(features, padding=True, padding_side="right", return_tensors="pt"))
     finally:
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = warned
 
@@ -170,7 +173,9 @@ def _windows(examples: datasets.Dataset, task: Task, tokenizer: Any, limit: int)
         "question": _cut([text.strip() for text in examples["question"]], tokenizer, longest_question),
         "context": examples["context"][:],
     }
-    question_first = tokenizer.padding_side == "right"
+    # Models that were trained with padding on the left read the context first; with a token that stands for the whole
+    # input at its beginning nobody was, whatever a tokenizer was saved with.
+    question_first = tokenizer.padding_side == "right" or tokenizer.cls_token_id is not None
     first, second = ("question", "context") if question_first else ("context", "question")
     encoding = tokenizer(
         texts[first],

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 def accepted_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a model's forward pass takes of a batch, on the model's device.
 
-    A tokenizer may offer more: DistilBERT knows no ``token_type_ids``, and a base model knows no ``labels``.
+    A tokenizer may offer more: DistilBERT knows no ``token_type_ids``, and a base model knows no ``labels``. It may pad
+    with another id than the model knows as padding, by which a decoder's classifier finds the last token.
     """
+    batch = _padded_as_known(batch, getattr(model, "config", None))
     names = inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
     known = "input_ids" in names  # a wrapper with a bare **kwargs gets everything
@@ -62,6 +64,18 @@ def token_rows_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
     """Where the tokens of a batch are, ``(rows, length)`` bool."""
     return batch["attention_mask"].bool().flatten(0, -2)
+
+
+def _padded_as_known(batch: Mapping[str, Tensor], config: Any) -> Mapping[str, Tensor]:
+    """The same batch with the model's own id for padding, where it has one."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    padding, tokens = (getattr(config, name, None) for name in ("pad_token_id", "vocab_size"))
+    if ids is None or mask is None or ids.shape != mask.shape or not isinstance(padding, int):
+        return batch
+    if not 0 <= padding < (tokens or 0):
+        return batch
+    other = (mask == 0) & (ids != padding)
+    return {**batch, "input_ids": ids.masked_fill(other, padding)} if bool(other.any()) else batch
 
 
 def padded_right(batches: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
