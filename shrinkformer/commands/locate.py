@@ -28,6 +28,7 @@ from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelErr
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.checkpoint import auto_class
 from shrinkformer.prune.lazy import load_lazily
+from shrinkformer.prune.objective import Objective, sentence_head_of
 from shrinkformer.prune.opening import fetch_weights, load_pretrained, open_config
 from shrinkformer.prune.resources import BlockWeights, InMemory
 from shrinkformer.quantize.checkpoint import load
@@ -219,6 +220,18 @@ def _require_head(source: Source, task: Task) -> None:
             f"--model_name {source.name}: the checkpoint has {labels} label(s), but {task.name} has "
             f"{task.num_labels}; choose a checkpoint that was fine-tuned on {task.name}."
         )
+
+
+def embeddings_of(source: Source) -> Objective:
+    """What a sentence encoder predicts, as the files beside it say.
+
+    Raises:
+        InputError: They name a module that this package does not know.
+    """
+    try:
+        return Objective(sentence=sentence_head_of(source.location))
+    except CheckpointError as error:
+        raise InputError(f"--model_name {source.name}: {error}") from None
 
 
 def model_class(source: Source, task: Task | None) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from shrinkformer.architectures.limits import max_positions
 from shrinkformer.commands.locate import (
     Source,
+    embeddings_of,
     find_model,
     load_tokenizer,
     model_class,
@@ -53,6 +54,7 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
     """
     task = get_task(options.task_name)
     source = find_model(options.model_name, task)
+    objective = embeddings_of(source) if task.kind == "similarity" else None
     tokenizer = load_tokenizer(source)
     calibration, evaluation = read_data(options, task, source, tokenizer)
     require_fitting_tokens(source, [calibration.features, *(split.features for split in evaluation.values())])
@@ -69,6 +71,7 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
             device=device,
             progress=show_progress(workers),
             workers=workers,
+            objective=objective,
         ).scores
 
     return Job(
@@ -87,6 +90,7 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
         workers=workers,
         whole="an encoder is evaluated as a whole",
         sentence_encoder=task.kind == "similarity",
+        objective=objective,
         public=not options.bundled_data,
     )
 

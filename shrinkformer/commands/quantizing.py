@@ -107,6 +107,7 @@ def _quantize_in_memory(session: Session, budget: Budget, seconds: dict[str, flo
         progress=quantizing_progress(job),
         resources=replace(session.resources, store=None),
         store=store,
+        objective=job.objective,
     )
     seconds |= found.seconds
     with timed(seconds, "saving"):

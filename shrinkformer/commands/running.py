@@ -71,6 +71,8 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
         left = [budget for budget in budgets if not job.workers.broadcast(is_finished(session, budget))]
         if not left:
             return
+        if job.sentence_encoder and job.objective is not None:
+            job.say(f"sentences are compared by {job.objective.sentence}")
         job.say(f"evaluating the dense model on {job.task_name}")
         with timed(seconds, "evaluation"):
             session.dense = measure_dense(session)
@@ -194,6 +196,7 @@ def _calibrate(session: Session) -> None:
         seed=options.seed,
         progress=block_progress("calibrating") if job.workers.is_main else iter,
         resources=session.resources,
+        objective=job.objective,
         config=ShrinkConfig(
             whole_heads=options.keeps_whole_heads,
             search_seconds=options.search_seconds,

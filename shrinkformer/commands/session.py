@@ -26,6 +26,7 @@ from shrinkformer.export.runtime import OnnxModel
 from shrinkformer.prune.budget import Budget, layer_sizes
 from shrinkformer.prune.checkpoint import stock_class
 from shrinkformer.prune.ledger import Ledger
+from shrinkformer.prune.objective import Objective
 from shrinkformer.prune.pruner import Calibrated
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.statistics import Batches
@@ -55,6 +56,7 @@ class Job:
         workers: The processes that share the work.
         whole: Why the model has to be in memory as a whole; "" where it may pass block by block.
         sentence_encoder: Whether it is one, which sentence-transformers should open.
+        objective: What the model predicts, where files beside it say so; otherwise what its own head does.
         public: Whether metrics are those of whole evaluation splits of public data sets.
     """
 
@@ -73,6 +75,7 @@ class Job:
     workers: Workers
     whole: str = ""
     sentence_encoder: bool = False
+    objective: Objective | None = None
     public: bool = False
 
     def say(self, message: str) -> None:

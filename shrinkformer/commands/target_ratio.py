@@ -63,6 +63,7 @@ def compress_once(session: Session, budget: Budget) -> Run:
         options.quantization(job.source.dtype),
         budget,
         ShrinkConfig(search_seconds=options.search_seconds, say=lambda line: job.say(f"  {line}")),
+        objective=job.objective,
         seed=options.seed,
         progress=quantizing_progress(job),
         resources=replace(session.resources, store=None),

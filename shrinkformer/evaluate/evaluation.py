@@ -17,6 +17,8 @@ from shrinkformer.errors import CheckpointError, DataError, NumericalError
 from shrinkformer.evaluate.answers import extract_answers
 from shrinkformer.evaluate.paired import Scores
 from shrinkformer.evaluate.scores import count_examples, require_labels, score_answers, score_labels
+from shrinkformer.prune.objective import Objective, objective_of
+from shrinkformer.prune.pooling import MEAN, SentenceHead
 from shrinkformer.utils.inputs import outputs_of
 from shrinkformer.utils.memory import Halving
 from shrinkformer.utils.modes import evaluation_mode
@@ -50,7 +52,7 @@ class Evaluation:
     """Wall time of everything: model, answers and metrics."""
     logits: dict[str, Array] | None = field(default=None, repr=False, compare=False)
     """By split, only on request: (examples, labels); (windows, positions, start and end), NaN behind a window's end;
-    or (pairs, 1) cosines."""
+    or (pairs, 1) similarities."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -72,13 +74,14 @@ def evaluate_model(
     progress: bool = False,
     keep_logits: bool = False,
     workers: Workers = ALONE,
+    objective: Objective | None = None,
 ) -> Evaluation:
     """Measure a model on a task.
 
     Args:
         model: a transformers model with the head of the task: ``.logits`` (classification, regression),
-            ``.start_logits`` and ``.end_logits`` (question answering), ``.last_hidden_state`` (similarity: mean over
-            the unpadded tokens, normalised, cosine). Moved to ``device``; its training mode is restored.
+            ``.start_logits`` and ``.end_logits`` (question answering), ``.last_hidden_state`` (similarity). Moved to
+            ``device``; its training mode is restored.
         tokenizer: pads the features.
         task: what is measured.
         splits: the tokenised data by split, such as ``validation``, or ``validation_matched`` and
@@ -89,6 +92,8 @@ def evaluate_model(
         keep_logits: return the outputs of the model as well.
         workers: the processes that share the forward passes. All must pass the same data; all get the same figures,
             those of one process but for rounding.
+        objective: what the model predicts; by default what its own head does. Similarity is that of the embeddings that
+            it makes of ``.last_hidden_state``.
 
     Returns:
         The figures, each with its standard error.
@@ -110,11 +115,22 @@ def evaluate_model(
     examples = 0
     for split, encoded in splits.items():
         require_labels(task, split, encoded)
+    if task.kind == "similarity":
+        objective = objective or objective_of(model)
+    head = MEAN if objective is None else objective.sentence
     with evaluation_mode(model), torch.no_grad():
         model.to(device)
         for split, encoded in splits.items():
             figures, outputs[split] = _evaluate_split(
-                model, tokenizer, task, encoded, split=split, batch_size=batch_size, progress=progress, workers=workers
+                model,
+                tokenizer,
+                task,
+                encoded,
+                split=split,
+                batch_size=batch_size,
+                progress=progress,
+                workers=workers,
+                head=head,
             )
             examples += count_examples(task, encoded)
             scores |= figures.renamed(_suffix(task, split, len(splits)))
@@ -137,19 +153,20 @@ def _evaluate_split(
     batch_size: int,
     progress: bool,
     workers: Workers,
+    head: SentenceHead,
 ) -> tuple[Scores, Array]:
     """Figures and model outputs of one split."""
     features = workers.share(encoded.features)
     silent = not (progress and workers.is_main)
     with tqdm(total=len(features), desc=f"{task.name} {split}", unit="example", disable=silent) as bar:
-        rows = workers.gather(_forward(model, tokenizer, task, features, batch_size=batch_size, bar=bar))
+        rows = workers.gather(_forward(model, tokenizer, task, features, batch_size=batch_size, bar=bar, head=head))
     where = f"task {task.name}, {split}"
     if task.kind == "question_answering":
         return _judge_answers(tokenizer, task, encoded, _pad_rows(rows, where))
     output = np.stack(rows)
     _require_finite(output, where)
     if task.kind == "similarity":
-        output = np.einsum("ij,ij->i", *np.split(output, 2))[:, None]
+        output = head.compare(*np.split(output, 2))[:, None]
     else:
         output = _in_task_order(model, task, output)
     predictions = output.argmax(axis=1) if task.kind == "classification" else output[:, 0].astype(np.float64)
@@ -157,16 +174,23 @@ def _evaluate_split(
 
 
 def _forward(
-    model: nn.Module, tokenizer: Any, task: Task, features: Features, *, batch_size: int, bar: Any
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    features: Features,
+    *,
+    batch_size: int,
+    bar: Any,
+    head: SentenceHead = MEAN,
 ) -> list[NDArray[np.float32]]:
     """One float32 array per feature, in the order of the features.
 
-    Classification and regression: (labels,). Question answering: (tokens, 2). Similarity: (hidden size,), length 1.
+    Classification and regression: (labels,). Question answering: (tokens, 2). Similarity: (width of an embedding,).
     """
 
     def outputs(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         mask = batch["attention_mask"].bool().to(next(model.parameters()).device)
-        return _read(outputs_of(model, batch), mask, task).float().cpu()
+        return _read(outputs_of(model, batch), mask, task, head).float().cpu()
 
     rows: list[Array] = [np.zeros(0, dtype=np.float32)] * len(features)
     in_parts = Halving(f"evaluation on {task.name}")
@@ -179,7 +203,7 @@ def _forward(
     return rows
 
 
-def _read(output: Any, mask: torch.Tensor, task: Task) -> torch.Tensor:
+def _read(output: Any, mask: torch.Tensor, task: Task, head: SentenceHead) -> torch.Tensor:
     """The part of a model's output that the task is judged by; ``mask`` is the (batch, length) attention mask."""
     wanted = {"question_answering": "start_logits", "similarity": "last_hidden_state"}.get(task.kind, "logits")
     if getattr(output, wanted, None) is None:
@@ -188,9 +212,7 @@ def _read(output: Any, mask: torch.Tensor, task: Task) -> torch.Tensor:
         return torch.stack((output.start_logits, output.end_logits), dim=-1)
     if task.kind != "similarity":
         return torch.as_tensor(output.logits)
-    weights = mask.unsqueeze(-1).float()
-    pooled = (output.last_hidden_state.float() * weights).sum(1) / weights.sum(1).clamp(min=1.0)
-    return nn.functional.normalize(pooled, dim=-1)
+    return head.embed(output.last_hidden_state, mask)
 
 
 def _in_task_order(model: nn.Module, task: Task, logits: Array) -> Array:

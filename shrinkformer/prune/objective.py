@@ -152,9 +152,9 @@ def objective_of(model: nn.Module) -> Objective:
         ShrinkformerWarning: It has no head, and no file says what its embeddings are.
     """
     if isinstance(model, nn.Sequential) and hasattr(model, "similarity_fn_name"):
-        return Objective(Logits.ONE_CLASS, head_in_memory(model))
+        return Objective(sentence=head_in_memory(model))
     if is_headless(model):
-        return Objective(Logits.ONE_CLASS, sentence_head_of(str(getattr(model, "name_or_path", ""))))
+        return Objective(sentence=sentence_head_of(str(getattr(model, "name_or_path", ""))))
     return Objective(_logits_of(model))
 
 

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from shrinkformer.errors import CheckpointError
-from shrinkformer.prune.sentence_encoder import MODULES, module_folders
+from shrinkformer.prune.sentence_encoder import MODULES, module_folders, module_weights
 from shrinkformer.trust.foreign import foreign_errors, shortened
 from shrinkformer.trust.json_files import read_json, read_object
 
@@ -142,8 +141,15 @@ class SentenceHead:
         return np.asarray(alike, dtype=np.float32)
 
     def __str__(self) -> str:
-        steps = [*self.poolings, *(type(module).__name__.lower() for module in self.behind)]
-        return ", ".join(steps).replace("cls", "first token").replace("lasttoken", "last token")
+        """In words.
+
+        >>> str(MEAN)
+        'the cosine of their embeddings (pooling: mean; then normalize)'
+        """
+        pooled = " and ".join(self.poolings)
+        behind = ", ".join(type(module).__name__.lower() for module in self.behind)
+        measure = {"cosine": "the cosine", "dot": "the product"}.get(self.similarity, f"the {self.similarity} distance")
+        return f"{measure} of their embeddings (pooling: {pooled}{'; then ' if behind else ''}{behind})"
 
 
 MEAN = SentenceHead()
@@ -163,7 +169,7 @@ def read_head(folder: Path) -> SentenceHead | None:
     for module in sorted(read_json(folder / MODULES), key=lambda one: one.get("idx", 0))[1:]:
         path = folder / (module.get("path") or "")
         config = read_object(path / "config.json") if (path / "config.json").is_file() else {}
-        found.append((module["type"].rpartition(".")[2], config, _weights(path)))
+        found.append((module["type"].rpartition(".")[2], config, module_weights(path)))
     settings = read_object(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
     return _head(found, settings.get("similarity_fn_name"), str(folder / MODULES))
 
@@ -176,18 +182,6 @@ def head_in_memory(encoder: Any) -> SentenceHead:
     """
     found = [(type(module).__name__, module.get_config_dict(), module.state_dict()) for module in list(encoder)[1:]]
     return _head(found, encoder.similarity_fn_name, type(encoder).__name__)
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    """Of a module, from its own folder."""
-    remedy = "download it again."
-    with foreign_errors(CheckpointError, f"{folder}: the weights cannot be read", remedy):
-        if (folder / "model.safetensors").is_file():
-            return dict(load_file(folder / "model.safetensors"))
-        if (folder / "pytorch_model.bin").is_file():
-            read: dict[str, Tensor] = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-            return read
-    return {}
 
 
 def _head(modules: Sequence[tuple[str, Any, Any]], similarity: str | None, where: str) -> SentenceHead:

@@ -11,19 +11,24 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shrinkformer.architectures import find_architecture
 from shrinkformer.errors import CheckpointError
 from shrinkformer.trust.folders import require_own_files
-from shrinkformer.trust.foreign import shortened
+from shrinkformer.trust.foreign import foreign_errors, shortened
 from shrinkformer.trust.json_files import read_json
 
 MODULES = "modules.json"
 
+WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
+"""Of a module, in its folder."""
+
 SIDE_FILES = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
 
-SIDE_PATTERNS = (*SIDE_FILES, "[0-9]*_*/*.json", "[0-9]*_*/*.safetensors")
+SIDE_PATTERNS = (*SIDE_FILES, *(f"[0-9]*_*/{name}" for name in ("*.json", "*.safetensors", PICKLED)))
 """The same and the folders of modules (pooling, dense layers), as they are called on the hub."""
 
 
@@ -45,12 +50,34 @@ def copy_side_files(source: Path, folder: Path) -> bool:
     files = [source / name for name in SIDE_FILES]
     for path in module_folders(source):
         files += [file for suffix in ("json", "safetensors") for file in sorted((source / path).glob(f"*.{suffix}"))]
+        _convert_weights(source / path, folder / path)
     for file in files:
         if file.is_file():
             target = folder / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
     return True
+
+
+def _convert_weights(source: Path, folder: Path) -> None:
+    """Write the weights of a module that has them as a pickle alone as safetensors."""
+    if (source / PICKLED).is_file() and not (source / WEIGHTS).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in module_weights(source).items()}, folder / WEIGHTS)
+
+
+def module_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a module; of one that has none, none.
+
+    Raises:
+        CheckpointError: They cannot be read.
+    """
+    with foreign_errors(CheckpointError, f"{folder}: the weights cannot be read", "download them again."):
+        if (folder / WEIGHTS).is_file():
+            return dict(load_file(folder / WEIGHTS))
+        if (folder / PICKLED).is_file():
+            return dict(torch.load(folder / PICKLED, map_location="cpu", weights_only=True))
+    return {}
 
 
 def module_folders(source: Path) -> list[str]:
