@@ -31,6 +31,7 @@ from shrinkformer.prune.lazy import load_lazily
 from shrinkformer.prune.objective import Objective, sentence_head_of
 from shrinkformer.prune.opening import fetch_weights, load_pretrained, open_config
 from shrinkformer.prune.resources import BlockWeights, InMemory
+from shrinkformer.prune.sentence_encoder import inner_model
 from shrinkformer.quantize.checkpoint import load
 from shrinkformer.trust.foreign import foreign_errors, reason_of
 from shrinkformer.trust.tokenizers import require_known_tokens, require_sane, require_tokenizer_files
@@ -177,6 +178,12 @@ def _locate(model_name: str, folders: Sequence[Path], bundled: Path | None, on_h
             return str(folder)
     for folder in (folders[0], Path(model_name)):
         if folder.is_dir():
+            inner = inner_model(folder)
+            if inner is not None:
+                raise InputError(
+                    f"{flag} {model_name}: its model lies in {inner}, as versions of sentence-transformers before 2.0 "
+                    f"wrote it; write it anew: SentenceTransformer({str(folder)!r}).save('NEW FOLDER')."
+                )
             raise InputError(f"{flag} {model_name}: the folder {folder} has no config.json; it is not a checkpoint.")
     return str(bundled) if bundled else on_hub
 

@@ -100,6 +100,16 @@ def module_folders(source: Path) -> list[str]:
     return [path for path in paths if path]
 
 
+def inner_model(folder: Path) -> str | None:
+    """The folder inside of a sentence encoder's that holds its model, where that is not the folder itself.
+
+    Raises:
+        CheckpointError: Its list of modules is damaged.
+    """
+    paths = module_folders(folder) if (folder / MODULES).is_file() else []
+    return next((path for path in paths if (folder / path / "config.json").is_file() and "Transformer" in path), None)
+
+
 def _is_module(module: Any) -> bool:
     """Whether an entry has what sentence-transformers reads of it."""
     return isinstance(module, dict) and type(module.get("idx", 0)) is int and isinstance(module.get("type"), str)
