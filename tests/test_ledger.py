@@ -9,6 +9,7 @@ import torch
 
 from shrinkformer.errors import InputError
 from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.dependencies import ALL_STORED, EVALUATION_EXAMPLES, RUN
 from shrinkformer.prune.ledger import Ledger
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.resources import Resources
@@ -26,8 +27,8 @@ class Kill(BaseException):
     """Stands for one: no code of ours catches it."""
 
 
-def prune_all(model: Any, method: str, ledger: Ledger) -> list[Any]:
-    config = ShrinkConfig(search_seconds=1e6)
+def prune_all(model: Any, method: str, ledger: Ledger, search_seconds: float = 1e6) -> list[Any]:
+    config = ShrinkConfig(search_seconds=search_seconds)
     resources = Resources(store=ledger.moments, ledger=ledger)
     calibrated = calibrate(model, BATCHES, method=method, config=config, resources=resources)
     return [calibrated.prune(budget) for budget in BUDGETS]
@@ -76,10 +77,92 @@ def test_interrupted_anywhere(family: str, method: str, tmp_path: Path, counted:
         written = counted(0)
         found = prune_all(model, method, Ledger(folder, IDENTITY, resume=True))
         assert len(written) <= total - limit  # nothing that was kept was found again
-        for ours, theirs in zip(found, expected, strict=True):
-            assert ours.plan == theirs.plan
-            state = theirs.model.state_dict()
-            assert all(torch.equal(tensor, state[name]) for name, tensor in ours.model.state_dict().items())
+        assert_equal(found, expected)
+
+
+def assert_equal(found: list[Any], expected: list[Any]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.plan == theirs.plan
+        state = theirs.model.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in ours.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("before", "now"), [(1e6, 0.0), (0.0, 1e6)])
+def test_another_search_takes_up_what_was_measured(
+    before: float, now: float, tmp_path: Path, counted: Callable[[int], list[str]]
+) -> None:
+    def facts(seconds: float) -> dict[str, str]:
+        return {**IDENTITY, "--search_seconds": str(seconds)}
+
+    model = build_model("bert", num_hidden_layers=2)
+    expected = prune_all(model, "shrink", Ledger(tmp_path / "fresh", facts(now)), now)
+    prune_all(model, "shrink", Ledger(tmp_path / "ledger", facts(before)), before)
+    written = counted(0)
+    ledger = Ledger(tmp_path / "ledger", facts(now), resume=True)
+    assert ledger.news.startswith(
+        f"--resume: begun with --search_seconds {before} (now {now}), so these are found anew: "
+    )
+    assert "refitted blocks" in ledger.news
+    assert "curves" not in ledger.news
+    assert_equal(prune_all(model, "shrink", ledger, now), expected)
+    assert not [name for name in written if name.startswith("curve")]
+    moments = len(list((tmp_path / "ledger/blocks/moments").iterdir()))
+    assert moments == 2  # those of the first run: their key did not change
+
+
+def everything(ledger: Ledger) -> None:
+    """One of each kind of thing."""
+    for stored in ALL_STORED:
+        if stored.names:
+            ledger.values.note(f"{stored.names}x", 1.0)
+    for folder in ("moments", "refitted/mu0.5-x/shrink", "quantized/mu0.5-x"):
+        assert ledger.data is not None
+        (ledger.data / folder).mkdir(parents=True)
+
+
+LEFT = {
+    "--report_words": None,
+    EVALUATION_EXAMPLES: {"moments", "curve of block ", "search, ", "set aside, ", "refitted", "quantized"},
+    "--evaluation_windows": {"moments", "curve of block ", "search, ", "set aside, ", "refitted", "quantized"},
+    "--search_seconds": {"moments", "curve of block ", "search, ", "metrics of the dense model"},
+    "--latency_shape": {"moments", "curve of block ", "search, ", "metrics of the dense model"},
+    "--bits": {"moments", "curve of block ", "search, ", "set aside, ", "refitted", "metrics of the dense model"},
+    "--format": {
+        "moments",
+        "curve of block ",
+        "search, ",
+        "set aside, ",
+        "refitted",
+        "quantized",
+        "metrics of the dense model",
+    },
+    "--method": {"metrics of the dense model"},
+    "--batch_size": set(),
+}
+
+
+@pytest.mark.parametrize("fact", LEFT)
+def test_a_changed_fact_drops_exactly_what_depends_on_it(fact: str, tmp_path: Path) -> None:
+    everything(Ledger(tmp_path / "ledger", {**IDENTITY, fact: "1"}))
+    left = LEFT[fact]
+    if left is None:
+        with pytest.raises(InputError, match=rf"begun with {fact} 1 \(now 2\)"):
+            Ledger(tmp_path / "ledger", {**IDENTITY, fact: "2"}, resume=True)
+        return
+    ledger = Ledger(tmp_path / "ledger", {**IDENTITY, fact: "2"}, resume=True)
+    folders = {name for name in ("moments", "refitted", "quantized") if (tmp_path / "ledger/blocks" / name).exists()}
+    assert folders | {name.removesuffix("x") for name in ledger.values.names} == left
+    assert ledger.news.endswith("the rest is taken up") == bool(left)
+    again = Ledger(tmp_path / "ledger", {**IDENTITY, fact: "2"}, resume=True)
+    assert (again.news, again.values.names) == ("", ledger.values.names)
+
+
+def test_keys_follow_what_things_depend_on(tmp_path: Path) -> None:
+    before, after = (Ledger(tmp_path / name, {**IDENTITY, "--bits": name}) for name in ("4", "8"))
+    same = {stored.words for stored in ALL_STORED if before.key(stored) == after.key(stored)}
+    assert same == {stored.words for stored in ALL_STORED} - {"quantized blocks", "finished budgets", RUN.words}
+    others = Ledger(tmp_path / "other", {**IDENTITY, "weights of the model": "xyz", "--bits": "4"})
+    assert all(before.key(stored) != others.key(stored) for stored in ALL_STORED)
 
 
 def test_what_differs_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,8 @@ from shrinkformer.commands.latency_report import Cell, Row, text_table
 from shrinkformer.commands.report import Measured, Run
 from shrinkformer.efficiency.latency import Timing
 from shrinkformer.pictures.columns import aligned, figure, ratio
+from shrinkformer.pictures.overview import overview, smallest_as_good
+from shrinkformer.pictures.runs import Figures, RunRecord
 from shrinkformer.prune.plan import LayerPlan, Plan
 from shrinkformer.quantize.config import LayerReport, QuantizeConfig, Quantized
 
@@ -116,3 +119,84 @@ class TestColumns:
     def test_words_in_place_of_figures(self) -> None:
         assert [figure(value) for value in (None, math.nan, -math.inf, 0.0)] == ["n/a", "n/a", "-infinite", "0.0000"]
         assert ratio(1.0, 0.0) == ratio(math.nan, 1.0) == "n/a"
+
+
+class TestHeadings:
+    @pytest.mark.parametrize("given", ["dense", "pruned", "quantized", "pruned and quantized"])
+    def test_a_model_alone_is_called_what_it_is(self, given: str) -> None:
+        run = a_run(pruned=None, plan=None, given=given, calibration_tokens=0, mu=1.0)
+        assert cells(run.table(), given) == [given]
+        assert "mine on wikitext2: not pruned (mu 1), seed 0, no calibration" in run.table()
+        assert run.to_dict()["given"] == given
+
+    def test_what_was_made_stands_beside_what_was_given(self) -> None:
+        text = a_run(given="pruned").table()
+        assert cells(text, "as given") == ["as given (pruned)", "pruned", "change"]
+
+    def test_asked_and_done(self) -> None:
+        run = a_run(calibration_inputs=15, facts={"pooling": "cls", "weights": "float32"})
+        assert "mu 0.5 (0.4950 of the MACs kept), seed 0, 16 examples (15 inputs, 4,096 tokens)" in run.table()
+        assert "  pooling: cls; weights: float32" in run.table().splitlines()
+        record = run.to_dict()
+        assert (record["facts"], record["calibration_inputs"]) == ({"pooling": "cls", "weights": "float32"}, 15)
+
+    def test_latency_of_decoded_weights_is_called_that(self) -> None:
+        timed = measured(1.0, latency_ms={"1x8": 2.0})
+        quantized = Quantized({}, [], QuantizeConfig())
+        assert "decoded weights" in a_run(dense=timed, quantized=timed, quantization=quantized).table()
+        assert "decoded weights" not in a_run(dense=timed, pruned=timed).table()
+
+
+class TestChange:
+    def test_in_text_and_record(self) -> None:
+        few = {"deviations": {"perplexity": np.array([0.3, -0.3])}}
+        run = a_run(
+            dense=measured(10.0, 0.5, **few), pruned=measured(11.0, 0.5, deviations={"perplexity": np.zeros(2)})
+        )
+        assert cells(run.table(), "perplexity")[-1] == "+1.0000 ±0.4243"
+        change = run.to_dict()["change"]
+        assert change == {"pruned": {"perplexity": 1.0, "perplexity_stderr": pytest.approx(0.4243, abs=1e-4)}}
+
+    def test_a_metric_that_only_the_pruned_model_has(self) -> None:
+        run = a_run(pruned=Measured({"perplexity": 11.0, "divergence": 0.25}, 1.0, 1, 1))
+        assert cells(run.table(), "divergence") == ["divergence", "n/a", "0.2500", "n/a"]
+
+
+def a_record(mu: float, change: float, error: float, **more: Any) -> RunRecord:
+    dense = {"metrics": {"accuracy": 0.8, "accuracy_stderr": 0.05}, "macs": 1e8, "parameters": 2e7, "bytes": 8e7}
+    pruned = {key: value * mu for key, value in dense.items() if key != "metrics"}
+    pruned["metrics"] = {"accuracy": 0.8 + change, "accuracy_stderr": 0.05}
+    changes = {"change": {"pruned": {"accuracy": change, "accuracy_stderr": error}}} if error else {}
+    found = RunRecord.of(
+        {"dense": dense, "pruned": pruned, "method": "stat", "mu": mu, "task_name": "t", **changes, **more}
+    )
+    assert found is not None
+    return found
+
+
+class TestOverview:
+    def test_the_smallest_within_one_standard_error_is_marked(self) -> None:
+        runs = [a_record(0.7, -0.001, 0.002), a_record(0.5, -0.0015, 0.002), a_record(0.3, -0.02, 0.003)]
+        text = overview(runs, ["accuracy"]).text
+        assert next(line.split("  ")[1] for line in text.splitlines() if line.startswith("  * ")) == "* stat, mu 0.5"
+        assert cells(text, "* stat")[1:] == ["0.7985 ± 0.0500", "-0.0015 ± 0.0020", "50.00", "10.00", "40.00"]
+        assert "the smallest model whose accuracy is within one standard error" in text
+
+    def test_perplexity_is_better_where_it_is_less(self) -> None:
+        worse = replace(
+            a_record(0.5, 0.0, 0.0),
+            models={
+                name: Figures({"perplexity": value}, {"perplexity": 1.0}, 1, 1, 1, {})
+                for name, value in (("dense", 20.0), ("pruned", 25.0))
+            },
+        )
+        better = replace(worse, models={**worse.models, "pruned": Figures({"perplexity": 19.0}, {}, 1, 1, 1, {})})
+        assert (worse.is_as_good("perplexity"), better.is_as_good("perplexity")) == (False, True)
+        assert "no perplexity is within one standard error" in overview([worse], ["perplexity"]).text
+
+    def test_old_records_fall_back_to_the_error_of_the_dense_figure(self) -> None:
+        assert smallest_as_good([a_record(0.7, -0.04, 0.0), a_record(0.5, -0.06, 0.0)]).fields["mu"] == 0.7  # type: ignore[union-attr]
+
+    def test_runs_of_several_tasks_are_not_compared(self) -> None:
+        runs = [a_record(0.7, 0.0, 0.1), a_record(0.5, 0.0, 0.1, task_name="other")]
+        assert smallest_as_good(runs) is None

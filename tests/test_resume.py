@@ -1,5 +1,6 @@
 """A crash or a kill costs one block at most, and nothing foreign is taken up."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -53,6 +54,25 @@ def test_other_weights_or_examples_are_refused(batches: list[dict[str, Any]], tm
     store.clear()
     assert not tmp_path.exists()
     BlockStore(tmp_path, others[0])  # where nothing is left, anything may begin
+
+
+def test_how_examples_are_batched_does_not_enter_their_digest() -> None:
+    lengths = [5, 9, 7, 12, 3, 8]
+    few, many = (make_batches(lengths, batch_size=size) for size in (2, 3))
+    assert examples_digest(few) == examples_digest(many) != examples_digest(make_batches(lengths[:-1], batch_size=2))
+
+
+def test_files_of_the_same_size_and_time_are_told_apart_by_what_is_in_them(tmp_path: Path) -> None:
+    model, found = build_model(), []
+    for number, sign in enumerate((b"a", b"b")):
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(b"-" * 20_000_000 + sign + b"-" * (20_000_000 if number < 2 else 0))
+        os.utime(file, ns=(0, 0))
+        found.append(fingerprint(model, [file]))
+    assert found[0] == found[1]  # one byte of many is not seen,
+    file.write_bytes(b"-" * 10_000_000 + b"x" * 20_000_001 + b"-" * 10_000_000)
+    os.utime(file, ns=(0, 0))
+    assert fingerprint(model, [file]) != found[0]  # other weights are
 
 
 def test_a_torn_file_is_refused(tmp_path: Path) -> None:

@@ -8,8 +8,12 @@ from typing import Any
 
 from shrinkformer.commands.card_metadata import metadata, pipeline_tag, results_of
 from shrinkformer.commands.onnx_card import without_onnx_section
-from shrinkformer.commands.report import Measured, Run
+from shrinkformer.commands.report import Run
+from shrinkformer.commands.report_text import calibration_of
 from shrinkformer.efficiency.size import folder_bytes
+from shrinkformer.evaluate.paired import STDERR, names_of
+from shrinkformer.pictures.columns import figure
+from shrinkformer.pictures.runs import DECODED, heading
 from shrinkformer.prune.checkpoint import auto_class
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.sites import EMBEDDINGS, POSITIONS
@@ -55,7 +59,8 @@ class Card:
 
     def text(self, run: Run | None = None) -> str:
         """The card; with the figures of a run once there are some."""
-        parts = [f"---\n{self._metadata(run)}\n---\n# {self.title}", self._summary(), *self._loading()]
+        head = f"---\n{self._metadata(run)}\n---\n# {self.title}"
+        parts = [head, self._opens_with(), self._summary(), *self._loading()]
         if run is not None:
             parts += ["## Measured", _measured(run, self.folder), "## How it was made", _provenance(run)]
         if self.plan is not None:
@@ -82,6 +87,19 @@ class Card:
             pipeline=pipeline,
             inherited={**self.inherited, **relation},
             results=results,
+        )
+
+    def _opens_with(self) -> str:
+        """The first line: what it takes to open the folder."""
+        if self.kind == ONNX:
+            return "Opens in ONNX Runtime."
+        needs = _PACKAGES.get(self.kind, "").partition("pip install ")[2]
+        packages = f" and {' and '.join(f'`{name}`' for name in needs.split())}" if needs else ""
+        if not self.custom:
+            return f"Opens in transformers{packages} as it stands: its shape is that of a stock model."
+        return (
+            f"Opens in transformers{packages} with `trust_remote_code=True`, which runs the classes in this folder; "
+            "or, without that, with `shrinkformer.load`."
         )
 
     def _summary(self) -> str:
@@ -143,10 +161,14 @@ def _measured(run: Run, folder: Path) -> str:
     models = run.models
     models[last] = replace(models[last], bytes=folder_bytes(folder))
     values = list(models.values())
+    changes = models[last].change_from(run.dense)
+    heads = [heading(role, run.given, several=True) for role in models]
     rows = [
-        [f"{name} on {run.task_name}", *(_with_error(figures, name) for figures in values)]
-        for name in run.dense.metrics
-        if not name.endswith("_stderr")
+        [
+            f"{name} on {run.task_name}",
+            *(_with_error(figures.metrics, name) for figures in values),
+        ]
+        for name in names_of(models[last].metrics)
     ]
     for label, attribute in (("MACs (M)", "macs"), ("parameters (M)", "parameters"), ("weight file (MB)", "bytes")):
         rows.append([label, *(f"{getattr(figures, attribute) / 1e6:,.2f}" for figures in values)])
@@ -154,15 +176,16 @@ def _measured(run: Run, folder: Path) -> str:
         [f"latency, {shape} tokens (ms, {run.device})", *(f"{some.latency_ms[shape]:,.2f}" for some in values)]
         for shape in run.dense.latency_ms
     ]
-    notes = "Metrics stand with their standard errors."
+    changed = ", ".join(f"{name} {_with_error(changes, name, '+')}" for name in names_of(changes))
+    notes = f"Metrics stand with their standard errors. Change on the same examples, with its own: {changed}."
     if run.quantized is not None and run.dense.latency_ms:
-        notes += " Latency is that of decoded weights, as PyTorch runs them."
-    return _table(["", *models], rows) + f"\n\n{notes}"
+        notes += f" {DECODED}"
+    return _table(["", *heads], rows) + f"\n\n{notes}"
 
 
-def _with_error(figures: Measured, name: str) -> str:
-    error = figures.metrics.get(f"{name}_stderr")
-    return f"{figures.metrics[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+def _with_error(metrics: Mapping[str, float], name: str, sign: str = "") -> str:
+    error = metrics.get(f"{name}{STDERR}")
+    return figure(metrics.get(name), sign=sign) + ("" if error is None else f" ± {figure(error)}")
 
 
 def _provenance(run: Run) -> str:
@@ -173,9 +196,10 @@ def _provenance(run: Run) -> str:
         "date": record["time"],
         "method": f"`{run.method}`" if run.plan is not None else "not pruned",
         **asked,
-        "mu": f"{run.mu:.4g}",
+        "mu": f"{run.mu:.4g}" + ("" if run.plan is None else f"; {run.plan.ratio:.4f} of the MACs kept"),
         "seed": run.seed,
-        "calibration": f"{run.sample_batch_size:,} examples, {run.calibration_tokens:,} tokens; no labels",
+        "calibration": calibration_of(run) + ("; no labels" if run.calibration_tokens else ""),
+        **run.facts,
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }
     return _table(["", ""], list(rows.items()))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from shrinkformer.errors import InputError, ShrinkformerError, ShrinkformerWarning
 from shrinkformer.trust.foreign import printable, reason_of
+from shrinkformer.utils.progress import each
 
 if TYPE_CHECKING:
     from shrinkformer.architectures import LayerView
@@ -113,11 +114,10 @@ def quiet_libraries() -> None:
 
 
 def block_progress(description: str) -> "Callable[[Iterable[LayerView]], Iterable[LayerView]]":
-    """A progress bar over blocks with the time left, shown on a terminal only."""
+    """Shows how many blocks are done: a bar with the time left on a terminal, else lines."""
 
     def wrap(views: "Iterable[LayerView]") -> "Iterable[LayerView]":
-        bar: Iterable[LayerView] = tqdm(list(views), desc=description, unit="block", disable=None)
-        return bar
+        return each(list(views), description, "block")
 
     return wrap
 

@@ -16,6 +16,7 @@ from shrinkformer.pictures.checkpoint_page import (
     role_in_words,
 )
 from shrinkformer.pictures.columns import aligned
+from shrinkformer.pictures.overview import overview
 from shrinkformer.pictures.png import draw_png, require_matplotlib
 from shrinkformer.pictures.run_charts import comparison_charts, newest_of_each, run_charts
 from shrinkformer.pictures.run_page import page_of_runs, run_title
@@ -65,6 +66,9 @@ def _inspect_report(file: Path, html: Path | None, png: Path | None, *, as_json:
         print(f"{run_title(runs)}: {len(runs)} runs{skipped}")
         for run in runs:
             print(f"  {run.summary}")
+        distinct = newest_of_each(runs)
+        if len(distinct) > 1:
+            print(f"\n{overview(distinct, [distinct[-1].main_metric]).text}")
     if html is not None:
         write_atomically(html, page_of_runs(runs, unread))
     if png is not None:

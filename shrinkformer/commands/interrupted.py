@@ -4,18 +4,22 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.session import Job, Session
+from shrinkformer.pictures.runs import number, read_runs
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import may_be_replaced
+from shrinkformer.prune.dependencies import EVALUATION_EXAMPLES
 from shrinkformer.prune.ledger import Ledger, code_identity
 from shrinkformer.prune.resume import examples_digest, fingerprint
 from shrinkformer.utils.locks import exclusive
 
 _PLACES = ("model_name", "data_dir", "bundled_data", "calibration_file", "output_dir", "save_dir", "offload_dir")
 _DOINGS = ("mu", "max_memory", "device", "dry_run", "resume", "push_to_hub", "private", "report_to")
-_WITHOUT_EFFECT = frozenset(_PLACES + _DOINGS)
+_BUDGETS = ("round_to", "min_heads", "min_neurons", "uniform", "sequence_length")
+_WITHOUT_EFFECT = frozenset(_PLACES + _DOINGS + _BUDGETS)
 """Flags that no result depends on, or that are known better: weights and examples by digests, budgets one by one."""
 
 
@@ -66,6 +70,8 @@ def open_ledger(session: Session) -> None:
     if ledger is None:  # reads what is there before the main one goes on
         ledger = Ledger(folder, found, data=data, resume=True, writes=False)
     job.workers.barrier()
+    if ledger.news:
+        job.say(ledger.news)
     session.resources = replace(session.resources, ledger=ledger, store=ledger.moments)
 
 
@@ -78,7 +84,9 @@ def _identity(session: Session) -> dict[str, str]:
     return {
         "weights of the model": fingerprint(session.model, files),
         "calibration examples": examples_digest(job.batches),
+        EVALUATION_EXAMPLES: job.evaluation_digest(),
         **{f"--{name}": str(value) for name, value in flags.items() if name not in _WITHOUT_EFFECT},
+        "--whole_heads": str(options.keeps_whole_heads),
         "--device": job.device,
         **code_identity(),
     }
@@ -87,15 +95,25 @@ def _identity(session: Session) -> dict[str, str]:
 def is_finished(session: Session, budget: Budget) -> bool:
     """Whether an interrupted run saved and reported a budget, in the place that is asked for, and it is still there."""
     noted = session.ledger.finished(budget)
-    if not noted or noted["asked"] != str(session.options.save_dir):
+    if not isinstance(noted, dict) or noted.get("asked") != str(session.options.save_dir):
         return False
-    folder = Path(noted["folder"])
+    folder = Path(str(noted.get("folder")))
     if not folder.is_dir() or not any(folder.iterdir()) or not may_be_replaced(folder):
         return False
     session.job.say(
         f"mu {budget.mu:g} is finished: {folder}, reported in {session.options.output_dir / session.job.stem}.txt"
     )
     return True
+
+
+def reported(session: Session) -> dict[float, dict[str, Any]]:
+    """The newest records of budgets that an interrupted run finished, by what was asked for."""
+    records = (session.options.output_dir / session.job.stem).with_suffix(".jsonl")
+    if not session.options.resume or not records.exists():
+        return {}
+    runs, _ = read_runs(records.read_text(encoding="utf-8").splitlines())
+    of_this = [run for run in runs if run.word("run") == session.run_id]
+    return {number(run.fields.get("mu")): run.fields for run in of_this}
 
 
 def finish(session: Session, budget: Budget, folder: Path) -> None:

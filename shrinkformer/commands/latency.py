@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
@@ -39,6 +38,7 @@ from shrinkformer.efficiency.latency import Timed, compare_latency
 from shrinkformer.efficiency.macs import LayerSize, model_macs, step_macs
 from shrinkformer.errors import InputError, OutOfMemoryError
 from shrinkformer.prune.budget import layer_sizes
+from shrinkformer.utils.progress import each
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def measure(
     locations = {candidate.name: candidate.source.location for candidate in candidates}
     rows = []
     pairs = [(run, shape) for shape in options.shapes for run in runs]
-    for (runtime, step, models), shape in tqdm(pairs, desc="timing", unit="shape", disable=None):
+    for (runtime, step, models), shape in each(pairs, "timing", "shape"):
         # Models take turns within a runtime: threads of one runtime still spin when another one starts.
         found = compare_latency(
             models,

@@ -74,6 +74,12 @@ class Source:
         return getattr(self.config, "quantization_config", None) is not None
 
     @property
+    def given(self) -> str:
+        """What it is, in words: ``dense``, ``pruned``, ``quantized`` or ``pruned and quantized``."""
+        words = [word for word, holds in (("pruned", self.pruned), ("quantized", self.quantized)) if holds]
+        return " and ".join(words) or "dense"
+
+    @property
     def dtype(self) -> torch.dtype:
         """In which its weights are stored."""
         dtype = getattr(self.config, "dtype", None)

@@ -1,6 +1,6 @@
 """``prune_bert.py``: what is read for an encoder, and how it is judged."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from shrinkformer.commands.locate import (
 from shrinkformer.commands.main import prune_bert as main
 from shrinkformer.commands.options import EncoderOptions, resolve_device
 from shrinkformer.commands.pruning import run_pruning
-from shrinkformer.commands.session import Job, show_progress
+from shrinkformer.commands.session import Job
 from shrinkformer.dataset.calibration import sample_calibration
 from shrinkformer.dataset.encoding import Encoded, encode, padded_batches
 from shrinkformer.dataset.loading import evaluation_splits, load_examples, load_split
@@ -29,6 +29,7 @@ from shrinkformer.evaluate.evaluation import evaluate_model
 from shrinkformer.evaluate.paired import Scores
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
+from shrinkformer.prune.resume import texts_digest
 from shrinkformer.utils.parallel import Workers, local_device, workers_of
 
 __all__ = ["main", "read_data", "read_job", "run_encoder"]
@@ -69,7 +70,7 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
             evaluation,
             batch_size=options.batch_size,
             device=device,
-            progress=show_progress(workers),
+            progress=workers.is_main,
             workers=workers,
             objective=objective,
         ).scores
@@ -92,6 +93,7 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
         sentence_encoder=task.kind == "similarity",
         objective=objective,
         public=not options.bundled_data,
+        evaluation_digest=lambda: texts_digest(_words_of(evaluation)),
     )
 
 
@@ -120,3 +122,12 @@ def read_data(
         for split in evaluation_splits(task, options.data_dir, options.bundled_data)
     }
     return calibration, evaluation
+
+
+def _words_of(evaluation: Mapping[str, Encoded]) -> Iterator[str]:
+    """All that figures depend on beside the model."""
+    for split, encoded in evaluation.items():
+        yield split
+        yield from map(repr, encoded.features)
+        yield repr(encoded.labels)
+        yield from map(repr, encoded.examples or ())

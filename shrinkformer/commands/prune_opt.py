@@ -19,7 +19,7 @@ from shrinkformer.commands.locate import (
 from shrinkformer.commands.main import prune_opt as main
 from shrinkformer.commands.options import BUNDLED_DECODER, DecoderOptions, resolve_device, torch_dtype
 from shrinkformer.commands.pruning import run_pruning
-from shrinkformer.commands.session import Evaluate, Job, show_progress
+from shrinkformer.commands.session import Evaluate, Job
 from shrinkformer.dataset.corpora import calibration_windows, evaluation_windows, read_text_file, windows_of
 from shrinkformer.dataset.corpus import CORPORA, get_corpus
 from shrinkformer.errors import InputError
@@ -29,6 +29,7 @@ from shrinkformer.evaluate.perplexity import Perplexity, evaluate_perplexity
 from shrinkformer.evaluate.streaming import stream_perplexity
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
+from shrinkformer.prune.resume import texts_digest
 from shrinkformer.utils.installation import how_to_install
 from shrinkformer.utils.parallel import Workers, local_device, workers_of
 
@@ -90,6 +91,7 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
         workers=workers,
         whole="--lm_eval runs on the whole model" if options.lm_eval else "",
         public=not bundled and options.evaluation_windows is None,
+        evaluation_digest=lambda: texts_digest(f"{name} {rows.tolist()}" for name, rows in evaluation.items()),
     )
 
 
@@ -161,7 +163,7 @@ def make_evaluate(
             batch_size=options.batch_size,
             device=device,
             workers=workers,
-            progress=show_progress(workers),
+            progress=workers.is_main,
         )
 
     def evaluate(model: PreTrainedModel, resources: Resources) -> Scores:

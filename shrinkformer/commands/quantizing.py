@@ -172,7 +172,7 @@ def _open_store(session: Session, budget: Budget, plan: Plan | None = None) -> Q
     job, options = session.job, _options(session)
     kept = None if plan is None else [replace(layer, attention_error=0.0, ffn_error=0.0) for layer in plan.layers]
     asked = str((options.quantization(job.source.dtype), session.lazily, kept))
-    return session.ledger.files(QuantizedBlocks, budget, "quantized", asked)
+    return session.ledger.quantized(QuantizedBlocks, budget, asked)
 
 
 def quantizing_progress(job: Job) -> Progress:

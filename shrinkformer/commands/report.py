@@ -69,7 +69,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Run:
-    """One model, task and budget, from command line to result."""
+    """One model, task and budget, from command line to result.
+
+    Attributes:
+        sample_batch_size: Examples that were asked for; ``calibration_inputs`` and ``calibration_tokens`` were used.
+        mu: Fraction of the budget that was asked for; ``plan.ratio`` was reached.
+        dense: The model that the run began with, whatever it was before: ``given`` says it.
+        facts: What else was done, in words: by what it is called, in any order.
+    """
 
     task_name: str
     model_name: str
@@ -91,6 +98,9 @@ class Run:
     rounding: Rounding | None = None
     dense_layers: tuple[LayerSize, ...] = ()
     run_id: str = ""
+    given: str = "dense"
+    calibration_inputs: int = 0
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that other programs read; design and README list its fields."""
@@ -108,6 +118,9 @@ class Run:
             "seed": self.seed,
             "sample_batch_size": self.sample_batch_size,
             "calibration_tokens": self.calibration_tokens,
+            "calibration_inputs": self.calibration_inputs,
+            "given": self.given,
+            "facts": dict(self.facts),
             "device": self.device,
             "versions": {"python": platform.python_version(), **versions()},
             "dense": self.dense.to_dict(),

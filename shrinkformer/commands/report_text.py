@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from shrinkformer.evaluate.paired import STDERR, names_of
 from shrinkformer.pictures.columns import aligned, figure, ratio
+from shrinkformer.pictures.runs import DECODED, heading
 from shrinkformer.prune.plan import Plan
 from shrinkformer.quantize.config import Quantized
 
@@ -17,32 +18,48 @@ _SIZES = (("macs", "MACs (M)", 1e6), ("parameters", "parameters (M)", 1e6), ("by
 def text_of(run: "Run") -> str:
     """Title, figures of all models side by side, what each layer kept or became, and what it took."""
     lines = [_title(run), "", *_indented(aligned(_figure_rows(run)))]
+    if run.quantized is not None and run.dense.latency_ms:
+        lines.append(f"  {DECODED}")
     if run.plan is not None:
         lines += ["", *_plan_lines(run.plan)]
     if run.quantization is not None:
         lines += ["", *_quantized_lines(run.quantization)]
     if run.rounding is not None:
         lines += ["", f"  neurons are multiples of {run.rounding}"]
+    lines.append("")
     if run.save_dir:
-        lines += ["", f"  saved to {run.save_dir}"]
+        lines.append(f"  saved to {run.save_dir}")
+    if run.facts:
+        lines.append("  " + "; ".join(f"{name}: {words}" for name, words in run.facts.items()))
     spent = ", ".join(f"{name} {value:.1f}" for name, value in run.seconds.items())
     lines.append(f"  seconds: {spent}; peak memory {run.peak_memory_bytes / 2**20:,.0f} MiB")
     return "\n".join(lines)
 
 
 def _title(run: "Run") -> str:
+    """What was done to which model: nothing that was only asked for."""
     target = "" if run.target_ratio is None else f"target ratio {run.target_ratio:g}, "
-    return (
-        f"{run.model_name} on {run.task_name}: {target}method {run.method}, mu {run.mu:.4g}, seed {run.seed}, "
-        f"{run.sample_batch_size} examples ({run.calibration_tokens:,} tokens)"
-    )
+    if run.plan is None:
+        pruned = f"not pruned (mu {run.mu:.4g})"
+    else:
+        pruned = f"method {run.method}, mu {run.mu:.4g} ({run.plan.ratio:.4f} of the MACs kept)"
+    return f"{run.model_name} on {run.task_name}: {target}{pruned}, seed {run.seed}, {calibration_of(run)}"
+
+
+def calibration_of(run: "Run") -> str:
+    """Examples that were asked for and, where that says something else, what was used."""
+    if not run.calibration_tokens:
+        return "no calibration"
+    inputs = "" if run.calibration_inputs == run.sample_batch_size else f"{run.calibration_inputs:,} inputs, "
+    return f"{run.sample_batch_size:,} examples ({inputs}{run.calibration_tokens:,} tokens)"
 
 
 def _figure_rows(run: "Run") -> list[list[str]]:
     """Metrics, sizes and times, one column for each model, and how the last differs from the first."""
     models = run.models
     several = len(models) > 1
-    rows = [["", *models, *(["change"] if several else [])]]
+    heads = [heading(role, run.given, several=several) for role in models]
+    rows = [["", *heads, *(["change"] if several else [])]]
     measured = list(models.values())
     changes = measured[-1].change_from(run.dense)
     for name in names_of({name: None for some in measured for name in some.metrics}):

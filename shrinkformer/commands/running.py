@@ -1,15 +1,16 @@
 """What all commands do once their inputs are read: check, load, evaluate, then a step for each budget, and report."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.commands.console import block_progress, say
 from shrinkformer.commands.dry_run import describe
-from shrinkformer.commands.interrupted import alone, finish, is_finished, open_ledger
+from shrinkformer.commands.interrupted import alone, finish, is_finished, open_ledger, reported
 from shrinkformer.commands.locate import empty_model, load_model, require_weight_files
 from shrinkformer.commands.memory import GIB, Footprint, available_bytes
 from shrinkformer.commands.options import PruneOptions
@@ -18,6 +19,9 @@ from shrinkformer.commands.report import Run, write_report
 from shrinkformer.commands.session import Job, Session, measure_dense
 from shrinkformer.efficiency.rounding import Rounding, choose_multiple
 from shrinkformer.errors import InputError, ShrinkformerWarning
+from shrinkformer.pictures.overview import overview
+from shrinkformer.pictures.run_page import run_title
+from shrinkformer.pictures.runs import RunRecord
 from shrinkformer.prune.allocation import require_feasible
 from shrinkformer.prune.budget import Budget, CostModel
 from shrinkformer.prune.health import require_finite_weights
@@ -91,9 +95,11 @@ def _take_steps(session: Session, budgets: Sequence[Budget], step: Step) -> None
         report_to=options.report_to,
         say=job.say,
     )
+    records = reported(session)
     for budget in budgets:
         run = step(session, budget)
         if job.workers.is_main:
+            records[budget.mu] = run.to_dict()
             say("\n" + run.table())
             stem = options.output_dir / job.stem
             say(f"  report: {write_report(run, stem)}\n")
@@ -101,8 +107,18 @@ def _take_steps(session: Session, budgets: Sequence[Budget], step: Step) -> None
             if run.save_dir is not None:
                 finish(session, budget, run.save_dir)
         session.cards.clear()
+    if job.workers.is_main:
+        _compare(session, records)
     session.ledger.settle()
     publisher.close()
+
+
+def _compare(session: Session, records: Mapping[float, Mapping[str, Any]]) -> None:
+    """One table with all budgets, in the order in which they were asked for."""
+    order = [mu for mu in session.options.mu if mu in records]
+    runs = [run for run in (RunRecord.of(dict(records[mu])) for mu in order) if run is not None]
+    if len(runs) > 1:
+        say(f"all budgets of {run_title(runs)}\n\n{overview(runs, [runs[-1].main_metric]).text}\n")
 
 
 def _footprint(job: Job, options: PruneOptions, shapes: PreTrainedModel) -> Footprint:
@@ -194,7 +210,7 @@ def _calibrate(session: Session) -> None:
         job.batches,
         method=options.method,
         seed=options.seed,
-        progress=block_progress("calibrating") if job.workers.is_main else iter,
+        progress=block_progress("calibrating and fitting") if job.workers.is_main else iter,
         resources=session.resources,
         objective=job.objective,
         config=ShrinkConfig(

@@ -1,8 +1,7 @@
 """What commands know: a job that was read, and the dense model with what was learnt about it."""
 
 import secrets
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +20,12 @@ from shrinkformer.commands.report import Measured, Run
 from shrinkformer.efficiency.macs import model_macs
 from shrinkformer.efficiency.rounding import Rounding
 from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, folder_bytes, peak_memory_bytes
+from shrinkformer.errors import InputError
 from shrinkformer.evaluate.paired import Scores
 from shrinkformer.export.runtime import OnnxModel
 from shrinkformer.prune.budget import Budget, layer_sizes
 from shrinkformer.prune.checkpoint import stock_class
+from shrinkformer.prune.dependencies import DENSE, RUN
 from shrinkformer.prune.ledger import Ledger
 from shrinkformer.prune.objective import Objective
 from shrinkformer.prune.pruner import Calibrated
@@ -58,6 +59,8 @@ class Job:
         sentence_encoder: Whether it is one, which sentence-transformers should open.
         objective: What the model predicts, where files beside it say so; otherwise what its own head does.
         public: Whether metrics are those of whole evaluation splits of public data sets.
+        evaluation_digest: Of the evaluation examples; two runs with the same one may share figures of the dense model.
+        facts: What reports say beside figures, by name, such as how sentences are pooled.
     """
 
     task_name: str
@@ -77,6 +80,8 @@ class Job:
     sentence_encoder: bool = False
     objective: Objective | None = None
     public: bool = False
+    evaluation_digest: Callable[[], str] = lambda: ""
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def say(self, message: str) -> None:
         """Tell the user, once."""
@@ -98,6 +103,7 @@ class Session:
     calibrated: Calibrated | None = None
     dense_onnx: OnnxModel | None = None
     cards: dict[Path, Card] = field(default_factory=dict)  # of folders without figures yet
+    facts: dict[str, str] = field(default_factory=dict)  # what reports say beside figures and beside the job's
 
     @property
     def lazily(self) -> bool:
@@ -158,16 +164,46 @@ class Session:
             peak_memory_bytes=peak_memory_bytes(job.device),
             rounding=self.rounding,
             dense_layers=layer_sizes(layer_views(self.model)),
-            run_id=self.ledger.values.value("run", lambda: secrets.token_hex(8)),
+            run_id=self.run_id,
+            given=job.source.given,
+            calibration_inputs=sum(len(batch["attention_mask"]) for batch in job.batches),
+            facts={**self._usual_facts(budget), **job.facts, **self.facts},
             **found,
         )
 
+    @cached_property
+    def run_id(self) -> str:
+        """Of the command; one that is taken up keeps it."""
+        return str(self.ledger.values.value(RUN.names, lambda: secrets.token_hex(8)))
+
+    def _usual_facts(self, budget: Budget) -> dict[str, str]:
+        """What every run knows of itself."""
+        job, options = self.job, self.options
+        memory, file = (str(dtype).removeprefix("torch.") for dtype in (job.dtype, job.source.dtype))
+        facts = {
+            "weights": f"{memory} in memory, {file} in the file" if memory != file else memory,
+            "MACs": f"of an input of {job.sequence_length:.2f} tokens",
+        }
+        if budget.mu < 1 and options.shrinks and options.keeps_whole_heads:
+            facts["heads"] = "whole ones only"
+        if budget.uniform:
+            facts["blocks"] = "all alike"
+        return facts
+
 
 def measure_dense(session: Session) -> Measured:
-    """Evaluate the dense model, unless an interrupted run has done so, and take its sizes."""
+    """Evaluate the dense model, unless an interrupted run has done so, and take its sizes.
+
+    Raises:
+        InputError: What an interrupted run left are no figures.
+    """
     evaluate, model, resources = session.job.evaluate, session.model, session.resources
-    found = session.ledger.values.value("metrics of the dense model", lambda: evaluate(model, resources).to_json())
-    return _sizes(session, model, Scores.from_json(found), Path(session.job.source.location))
+    found = session.ledger.values.value(DENSE.names, lambda: evaluate(model, resources).to_json())
+    try:
+        scores = Scores.from_json(found)
+    except ValueError as error:
+        raise InputError(f"--resume: {session.ledger.folder}: {error}; leave --resume out to start anew.") from None
+    return _sizes(session, model, scores, Path(session.job.source.location))
 
 
 def measure(session: Session, model: PreTrainedModel, resources: Resources, folder: Path) -> Measured:
@@ -184,8 +220,3 @@ def _sizes(session: Session, model: PreTrainedModel, scores: Scores, folder: Pat
         bytes=folder_bytes(folder) if folder.is_dir() else checkpoint_bytes(model),
         deviations=scores.deviations,
     )
-
-
-def show_progress(workers: Workers) -> bool:
-    """Whether progress bars should appear."""
-    return workers.is_main and sys.stderr.isatty()

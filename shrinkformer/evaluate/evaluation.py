@@ -1,7 +1,7 @@
 """How good a model is at its task: one forward pass over each evaluation split, then the metrics of the task."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from tqdm import tqdm
 
 from shrinkformer.dataset.encoding import Encoded, Features, padded_batches
 from shrinkformer.dataset.tasks import Task
@@ -23,6 +22,7 @@ from shrinkformer.utils.inputs import outputs_of
 from shrinkformer.utils.memory import Halving
 from shrinkformer.utils.modes import evaluation_mode
 from shrinkformer.utils.parallel import ALONE, Workers
+from shrinkformer.utils.progress import counted
 
 Array = NDArray[np.float32]
 
@@ -88,7 +88,7 @@ def evaluate_model(
             ``validation_mismatched`` for MNLI.
         batch_size: features per forward pass; the figures do not depend on it but for rounding.
         device: where the model runs.
-        progress: show a progress bar with the time left.
+        progress: show a progress bar with the time left on a terminal, else lines.
         keep_logits: return the outputs of the model as well.
         workers: the processes that share the forward passes. All must pass the same data; all get the same figures,
             those of one process but for rounding.
@@ -157,9 +157,9 @@ def _evaluate_split(
 ) -> tuple[Scores, Array]:
     """Figures and model outputs of one split."""
     features = workers.share(encoded.features)
-    silent = not (progress and workers.is_main)
-    with tqdm(total=len(features), desc=f"{task.name} {split}", unit="example", disable=silent) as bar:
-        rows = workers.gather(_forward(model, tokenizer, task, features, batch_size=batch_size, bar=bar, head=head))
+    shown = progress and workers.is_main
+    with counted(len(features), f"{task.name} {split}", "input", shown=shown) as add:
+        rows = workers.gather(_forward(model, tokenizer, task, features, batch_size=batch_size, add=add, head=head))
     where = f"task {task.name}, {split}"
     if task.kind == "question_answering":
         return _judge_answers(tokenizer, task, encoded, _pad_rows(rows, where))
@@ -180,7 +180,7 @@ def _forward(
     features: Features,
     *,
     batch_size: int,
-    bar: Any,
+    add: Callable[[int], object],
     head: SentenceHead = MEAN,
 ) -> list[NDArray[np.float32]]:
     """One float32 array per feature, in the order of the features.
@@ -199,7 +199,7 @@ def _forward(
         for part, output in in_parts(outputs, batch):
             for index, one, tokens in zip(indices[part], output, mask[part], strict=True):
                 rows[index] = (one[tokens] if task.kind == "question_answering" else one).numpy()
-            bar.update(len(output))
+            add(len(output))
     return rows
 
 

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from shrinkformer.errors import CheckpointError, DataError, InputError, NumericalError
 from shrinkformer.utils.inputs import call
 from shrinkformer.utils.memory import Halving
 from shrinkformer.utils.modes import evaluation_mode
 from shrinkformer.utils.parallel import ALONE, Workers
+from shrinkformer.utils.progress import counted
 
 _SLICE = 2**24
 """Logits that are turned to float32 at a time: 64 MiB, whatever the batch, the length and the vocabulary."""
@@ -58,7 +58,7 @@ def evaluate_perplexity(
         batch_size: windows per forward pass; the figure does not depend on it but for rounding.
         device: where the model runs.
         workers: the processes that share the work; all of them return the same figure.
-        progress: show a progress bar with the time left.
+        progress: show a progress bar with the time left on a terminal, else lines.
 
     Raises:
         InputError: ``batch_size`` is not positive, or the windows are longer than the model's positions.
@@ -158,11 +158,11 @@ def _forward(
         return ids, logits
 
     in_parts = Halving("perplexity")
-    with tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress) as bar:
+    with counted(len(windows), "perplexity", "window", shown=progress) as add:
         for start in range(0, len(windows), batch_size):
             for _, found in in_parts(outputs, {"input_ids": windows[start : start + batch_size]}):
                 yield found
-                bar.update(len(found[0]))
+                add(len(found[0]))
 
 
 def _window_sums(outputs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, bool]:

@@ -57,7 +57,7 @@ def run_charts(run: RunRecord) -> dict[str, list[Chart]]:
 def _latency_chart(run: RunRecord) -> BarChart:
     shapes = list(run.models[DENSE].latency_ms)
     series = [
-        Series(name, name, tuple(model.latency_ms.get(shape, NOTHING) for shape in shapes))
+        Series(run.heading(name), name, tuple(model.latency_ms.get(shape, NOTHING) for shape in shapes))
         for name, model in run.models.items()
     ]
     names = tuple(shape.replace("x", " x ", 1) for shape in shapes)
@@ -89,7 +89,8 @@ def _comparison(runs: Sequence[RunRecord], metric: str, axis: str, x_of: Callabl
             mu = shown(number(run.fields.get("mu")), ".4g")
             lines.setdefault(name, []).append(point(run.last, f"{name}, mu {mu}"))
     colours = iter(OTHERS * (1 + len(lines) // len(OTHERS)))
-    series = [PointSeries(DENSE, DENSE, (point(runs[-1].models[DENSE], DENSE),), "square")]
+    given = runs[-1].heading(DENSE)
+    series = [PointSeries(given, DENSE, (point(runs[-1].models[DENSE], given),), "square")]
     newest_first = sorted(lines, key=lambda name: name != names[-1])  # the newest run has the colour of its bars
     for index, name in enumerate(newest_first):
         role = QUANTIZED if name in quantized else next(colours)
@@ -99,7 +100,7 @@ def _comparison(runs: Sequence[RunRecord], metric: str, axis: str, x_of: Callabl
         axis,
         f"{metric}, with standard error",
         tuple(series),
-        baseline=DENSE,
+        baseline=given,
         form=form_of(runs[-1].models[DENSE].metrics.get(metric, 0.0)),
     )
 

@@ -1,12 +1,13 @@
 """The page of a report: its newest run in detail, and all its runs against each other."""
 
+import math
 from collections.abc import Iterable, Sequence
 
-from shrinkformer.pictures.charts import DENSE, NOTHING, shown
+from shrinkformer.pictures.charts import DENSE, NOTHING, PRUNED, shown
 from shrinkformer.pictures.page import facts, figures, lead, page, section, tiles
 from shrinkformer.pictures.run_charts import comparison_charts, newest_of_each, run_charts
 from shrinkformer.pictures.run_tables import code_table, figure_table, layer_table, provenance, run_table
-from shrinkformer.pictures.runs import RunRecord, form_of, number, read_runs, share
+from shrinkformer.pictures.runs import RunRecord, change_in_words, form_of, number, read_runs, section_of, share
 
 
 def report_page(lines: Iterable[str]) -> str | None:
@@ -62,9 +63,10 @@ def _headline(run: RunRecord) -> list[tuple[str, str, str]]:
     shapes = list(dense.latency_ms)[-1:]  # the largest batch comes last
     rows: list[tuple[str, str, str]] = []
     for name in run.metrics[:2]:
-        form = form_of(dense.metrics[name])
-        remark = f"dense {shown(dense.metrics[name], form)} ± {shown(dense.errors.get(name, NOTHING), form)}"
-        rows.append((name, shown(last.metrics.get(name, NOTHING), form), remark if last is not dense else "dense"))
+        form, given = form_of(dense.metrics[name]), run.heading(DENSE)
+        remark = f"{given} {shown(dense.metrics[name], form)} ± {shown(dense.errors.get(name, NOTHING), form)}"
+        remark = f"{remark}; change {change_in_words(run, name)}" if last is not dense else given
+        rows.append((name, shown(last.metrics.get(name, NOTHING), form), remark))
     if last is dense:
         return rows
     for title, mine, before, unit in (
@@ -79,5 +81,6 @@ def _headline(run: RunRecord) -> list[tuple[str, str, str]]:
 
 def _asked(run: RunRecord) -> str:
     target = f"target ratio {run.word('target_ratio')}, " if run.word("target_ratio") else ""
-    mu = number(run.fields.get("mu"))
-    return f"{target}{run.how}, mu {shown(mu, '.4g')}, seed {run.word('seed')}"
+    mu, kept = number(run.fields.get("mu")), number(section_of(run.fields, "ratio").get("macs"))
+    reached = f" ({shown(kept, '.4f')} of the MACs kept)" if PRUNED in run.models and math.isfinite(kept) else ""
+    return f"{target}{run.how}, mu {shown(mu, '.4g')}{reached}, seed {run.word('seed')}"

@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from shrinkformer.pictures.charts import DENSE, NOTHING, PRUNED, shown, tokens
+from shrinkformer.pictures.charts import DENSE, NOTHING, PRUNED, QUANTIZED, shown, tokens
 from shrinkformer.pictures.layers import has_narrow_heads
-from shrinkformer.pictures.page import folded, table
-from shrinkformer.pictures.runs import RunRecord, form_of, number, share, with_error
+from shrinkformer.pictures.overview import overview
+from shrinkformer.pictures.page import folded, lead, table
+from shrinkformer.pictures.runs import DECODED, RunRecord, change_in_words, number, section_of, share, with_error
 
 
 def figure_table(run: RunRecord) -> str:
@@ -16,9 +17,8 @@ def figure_table(run: RunRecord) -> str:
     dense = models[DENSE]
     rows: list[list[str]] = []
     for name in run.metrics:
-        change = run.last.metrics.get(name, NOTHING) - dense.metrics[name]
         cells = [with_error(model, name) for model in models.values()]
-        rows.append([name, *cells, shown(change, "+" + form_of(dense.metrics[name]))])
+        rows.append([name, *cells, change_in_words(run, name)])
     sizes = {
         "MACs (M)": [model.macs / 1e6 for model in models.values()],
         "parameters (M)": [model.parameters / 1e6 for model in models.values()],
@@ -30,7 +30,10 @@ def figure_table(run: RunRecord) -> str:
         rows.append([name, *(shown(value, ",.2f") for value in values), share(values[-1], values[0])])
     if len(models) == 1:
         rows = [row[:-1] for row in rows]
-    return table(["", *models, *(["change"] if len(models) > 1 else [])], rows, "figures of the newest run")
+    heads = [run.heading(role) for role in models]
+    figures = table(["", *heads, *(["change"] if len(models) > 1 else [])], rows, "figures of the newest run")
+    decoded = QUANTIZED in models and any(model.latency_ms for model in models.values())
+    return figures + (lead(DECODED) if decoded else "")
 
 
 def layer_table(run: RunRecord) -> str:
@@ -70,17 +73,10 @@ def code_table(run: RunRecord) -> str:
 
 
 def run_table(runs: Sequence[RunRecord]) -> str:
-    """All runs, newest first."""
-    metrics = runs[-1].metrics
-    rows = []
-    for run in reversed(runs):
-        dense, last = run.models[DENSE], run.last
-        values = [with_error(last, name) for name in metrics]
-        latency = list(dense.latency_ms)[-1:]
-        shares = [share(last.macs, dense.macs), share(last.bytes, dense.bytes)]
-        shares += [share(last.latency_ms.get(shape, NOTHING), dense.latency_ms[shape]) for shape in latency] or ["n/a"]
-        rows.append([run.moment, run.how, shown(number(run.fields.get("mu")), ".4g"), *values, *shares])
-    return table(["time", "method", "mu", *metrics, "MACs", "file size", "latency"], rows, "all runs, newest first")
+    """All runs, newest first, and which of them is the smallest that is as good as the dense model."""
+    found = overview(runs, runs[-1].metrics, with_time=True)
+    dense, *others = found.rows
+    return table(found.titles, [dense, *reversed(others)], "all runs, newest first") + lead(found.note)
 
 
 def provenance(run: RunRecord) -> list[tuple[str, object]]:
@@ -91,10 +87,7 @@ def provenance(run: RunRecord) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
         ("command", run.word("command")),
         ("time", run.moment),
-        (
-            "examples",
-            f"{run.word('sample_batch_size')}, {shown(number(run.fields.get('calibration_tokens')), ',.0f')} tokens",
-        ),
+        ("calibration", _calibration(run)),
         ("seed", run.word("seed")),
         ("device", run.word("device")),
         ("saved to", run.word("save_dir")),
@@ -103,10 +96,20 @@ def provenance(run: RunRecord) -> list[tuple[str, object]]:
             tokens(number(run.fields.get("sequence_length"))) if PRUNED in run.models else "",
         ),
         ("peak memory", f"{memory / 2**20:,.0f} MiB" if math.isfinite(memory) else ""),
+        *((str(name), str(words)) for name, words in section_of(run.fields, "facts").items()),
         ("divergence from dense on held-out examples", _pairs(divergence, " ")),
         ("versions", _pairs(versions, " ")),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _calibration(run: RunRecord) -> str:
+    """Examples that were asked for, and what was used."""
+    inputs, tokens = (shown(number(run.fields.get(f"calibration_{name}")), ",.0f") for name in ("inputs", "tokens"))
+    if number(run.fields.get("calibration_tokens")) == 0:
+        return "none was used"
+    used = f", {inputs} inputs" if "calibration_inputs" in run.fields else ""
+    return f"{run.word('sample_batch_size')} examples{used}, {tokens} tokens"
 
 
 def _pairs(section: Any, between: str) -> str:

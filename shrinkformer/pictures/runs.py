@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shrinkformer.pictures.charts import DENSE, NOTHING, PRUNED, QUANTIZED, shown
@@ -13,6 +13,24 @@ _LARGEST = 1e30
 
 MODELS = (DENSE, PRUNED, QUANTIZED)
 """Sections of a record, in the order in which a run makes the models."""
+
+DECODED = "Latency of the quantized model is that of decoded weights, as PyTorch runs them."
+
+LOSSES = ("perplexity", "divergence", "loss")
+"""How names of metrics begin of which less is better."""
+
+
+def heading(role: str, given: str, *, several: bool) -> str:
+    """What stands above the figures of a model.
+
+    Args:
+        role: Section of the record; the model that a run began with is ``dense`` there, whatever it was.
+        given: What that was: ``dense``, ``pruned``, ``quantized`` or ``pruned and quantized``.
+        several: Whether the run made another one of it.
+    """
+    if role != DENSE or given == DENSE:
+        return role
+    return f"as given ({given})" if several else given
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,8 @@ class RunRecord:
         layers: What each block keeps, and its errors; empty where nothing was pruned.
         dense_layers: Sizes of each block before pruning; empty where the record is too old to say.
         quantized_layers: One entry for each quantized linear layer.
+        changes: How the metrics of ``pruned`` and ``quantized`` differ from the dense ones, and ``<name>_stderr``: the
+            paired standard errors of these differences; empty where the record is too old to say.
     """
 
     fields: dict[str, Any]
@@ -66,6 +86,7 @@ class RunRecord:
     layers: list[dict[str, Any]]
     dense_layers: list[dict[str, Any]]
     quantized_layers: list[dict[str, Any]]
+    changes: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, fields: Any) -> "RunRecord | None":
@@ -73,9 +94,11 @@ class RunRecord:
         if not isinstance(fields, dict) or not isinstance(fields.get(DENSE), dict):
             return None
         models = {name: Figures.of(fields[name]) for name in MODELS if isinstance(fields.get(name), dict)}
-        return cls(
-            fields, models, *(_rows(fields.get(name)) for name in ("layers", "dense_layers", "quantized_layers"))
+        layers, dense_layers, quantized_layers = (
+            _rows(fields.get(name)) for name in ("layers", "dense_layers", "quantized_layers")
         )
+        changes = {name: numbers(section) for name, section in section_of(fields, "change").items()}
+        return cls(fields, models, layers, dense_layers, quantized_layers, changes)
 
     @property
     def last(self) -> Figures:
@@ -86,6 +109,36 @@ class RunRecord:
     def last_role(self) -> str:
         """Which one that is."""
         return list(self.models)[-1]
+
+    @property
+    def given(self) -> str:
+        """What the model was that the run began with."""
+        return self.word("given") or DENSE
+
+    def heading(self, role: str) -> str:
+        """What stands above the figures of a model."""
+        return heading(role, self.given, several=len(self.models) > 1)
+
+    def change(self, metric: str) -> tuple[float, float]:
+        """How the last model's metric differs from the dense one's, and the paired standard error of that."""
+        dense, last = self.models[DENSE].metrics, self.last.metrics
+        error = self.changes.get(self.last_role, {}).get(f"{metric}_stderr", NOTHING)
+        return last.get(metric, NOTHING) - dense.get(metric, NOTHING), error
+
+    def is_as_good(self, metric: str) -> bool:
+        """Whether the last model is no worse than the dense one by more than a standard error.
+
+        That is the one of the change; where a record is too old to say, that of the dense figure.
+        """
+        change, error = self.change(metric)
+        if not math.isfinite(error):
+            error = self.models[DENSE].errors.get(metric, NOTHING)
+        return (change if metric.startswith(LOSSES) else -change) <= error
+
+    @property
+    def main_metric(self) -> str:
+        """The metric of the task; "" where there is none."""
+        return next(iter(self.models[DENSE].metrics), "")
 
     @property
     def metrics(self) -> list[str]:
@@ -120,7 +173,14 @@ class RunRecord:
         names = [self.word("method")] if PRUNED in self.models else []
         if QUANTIZED in self.models:
             names.append(f"{self.bits} by {self.fields[QUANTIZED].get('quantizer', '?')}")
-        return ", ".join(names) or DENSE
+        return ", ".join(names) or self.given
+
+    @property
+    def label(self) -> str:
+        """Method, bits and budget."""
+        target = self.word("target_ratio")
+        budget = f"target ratio {target}" if target else f"mu {shown(number(self.fields.get('mu')), '.4g')}"
+        return f"{self.how}, {budget}"
 
     @property
     def summary(self) -> str:
@@ -128,7 +188,9 @@ class RunRecord:
         mu = shown(number(self.fields.get("mu")), ".4g")
         metrics = ", ".join(f"{name} {with_error(self.last, name)}" for name in self.metrics)
         macs = share(self.last.macs, self.models[DENSE].macs)
-        return f"{self.moment}  {self.how}, mu {mu}: {metrics}; {macs} of the MACs"
+        change = change_in_words(self, self.main_metric) if len(self.models) > 1 else ""
+        more = f"; {self.main_metric} changed by {change}" if change else ""
+        return f"{self.moment}  {self.how}, mu {mu}: {metrics}; {macs} of the MACs{more}"
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -183,6 +245,19 @@ def with_error(figures: Figures, metric: str) -> str:
     """A metric with its standard error."""
     value, error = figures.metrics.get(metric, NOTHING), figures.errors.get(metric, NOTHING)
     return shown(value, form_of(value)) + (f" ± {shown(error, form_of(value))}" if math.isfinite(error) else "")
+
+
+def change_in_words(run: RunRecord, metric: str) -> str:
+    """A difference from the dense model with its standard error."""
+    change, error = run.change(metric)
+    form = form_of(run.models[DENSE].metrics.get(metric, NOTHING))
+    return shown(change, "+" + form) + (f" ± {shown(error, form)}" if math.isfinite(error) else "")
+
+
+def section_of(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of a record by names; empty where it is no such part."""
+    found = fields.get(name)
+    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def numbers(section: Any) -> dict[str, float]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,28 +16,60 @@ from transformers import PreTrainedModel
 from shrinkformer.errors import InputError
 from shrinkformer.prune.moments import Moments
 
+_SAMPLES, _SAMPLE = 4_096, 4_096
+"""Pieces of a large file, and bytes of each."""
+
 
 def fingerprint(model: PreTrainedModel, weight_files: Iterable[Path] = ()) -> str:
     """A digest of the weights of a model.
 
     Args:
         model: The dense model; of blocks that are not in memory, only shapes enter.
-        weight_files: Files of such a model, known by size and time of change: reading them twice would take too long.
+        weight_files: Files of such a model, known by size, time of change and samples: reading them twice would take
+            too long. Up to 16 MiB of a file are read, from its beginning and from everywhere.
     """
     digest = hashlib.blake2b(digest_size=16)
     for file in weight_files:
         digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+        for part in _samples(file):
+            digest.update(part)
     for name, tensor in model.state_dict().items():
         _add(digest, name, tensor)
     return digest.hexdigest()
 
 
+def _samples(file: Path) -> Iterator[bytes]:
+    """All of a small file, evenly spaced pieces of a large one."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        for number in range(_SAMPLES):
+            place = max(number * _SAMPLE, (number * (size - _SAMPLE)) // (_SAMPLES - 1))
+            if place >= size:
+                return
+            stream.seek(place)
+            yield stream.read(_SAMPLE)
+
+
 def examples_digest(batches: Iterable[Mapping[str, Tensor]]) -> str:
-    """A digest of calibration inputs."""
-    digest = hashlib.blake2b(digest_size=16)
+    """A digest of calibration inputs; how they are put into batches and padded does not enter."""
+    rows = []
     for batch in batches:
-        for name in sorted(batch):
-            _add(digest, name, batch[name])
+        mask = batch.get("attention_mask")
+        for row in range(len(next(iter(batch.values())))):
+            digest = hashlib.blake2b(digest_size=16)
+            for name in sorted(batch):
+                values = batch[name][row]
+                padded = mask is not None and values.shape == mask[row].shape
+                _add(digest, name, values[mask[row].bool()] if padded and mask is not None else values)
+            rows.append(digest.digest())
+    return hashlib.blake2b(b"".join(sorted(rows)), digest_size=16).hexdigest()
+
+
+def texts_digest(texts: Iterable[str]) -> str:
+    """A digest of texts in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode())
     return digest.hexdigest()
 
 

@@ -63,20 +63,35 @@ class Journal:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"name": name, "value": value, "seconds": round(seconds, 3)}) + "\n")
 
-    def keep_only(self, prefix: str) -> None:
-        """Forget all values but those whose names begin with a prefix."""
+    def keep_only(self, *prefixes: str) -> None:
+        """Forget all values but those whose names begin with one of some prefixes."""
+        self._keep(lambda name: name.startswith(prefixes))
+
+    def drop(self, *prefixes: str) -> None:
+        """Forget all values whose names begin with one of some prefixes."""
+        self._keep(lambda name: not name.startswith(prefixes))
+
+    def _keep(self, wanted: Callable[[str], bool]) -> None:
+        self._known = {name: entry for name, entry in self._known.items() if wanted(name)}
         if self._file is not None and self._writes and self._file.exists():
             lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_atomically(self._file, "".join(line for line in lines if json.loads(line)["name"].startswith(prefix)))
+            write_atomically(self._file, "".join(line for line in lines if wanted(json.loads(line)["name"])))
 
     def _read(self, path: Path) -> None:
         whole = []
         for line in path.read_bytes().split(b"\n")[:-1]:  # what no line end follows was torn
             try:
                 entry = json.loads(line)
-                self._known[entry["name"]] = entry["value"], entry["seconds"]
+                name, seconds = _checked(entry["name"], str), _checked(entry["seconds"], int | float)
+                self._known[name] = entry["value"], float(seconds)
             except (ValueError, TypeError, KeyError):
                 break
             whole.append(line + b"\n")
         if self._writes and sum(map(len, whole)) < path.stat().st_size:
             write_atomically(path, b"".join(whole))
+
+
+def _checked(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not what a journal holds")
+    return value
