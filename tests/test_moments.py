@@ -14,6 +14,7 @@ from shrinkformer.errors import InputError, NumericalError
 from shrinkformer.prune.interpolative import pivoted_cholesky
 from shrinkformer.prune.moments import Moments
 from shrinkformer.utils.precision import fast_products, round_rows
+from shrinkformer.utils.processor import SWITCH
 
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -243,7 +244,8 @@ def test_fast_products_of_rounded_rows_are_exact():
     assert relative(moments.second, Z.double().T @ Z.double()) < 1e-2
 
 
-def test_fast_products_leave_flags_alone():
+def test_fast_products_leave_flags_alone(monkeypatch):
+    monkeypatch.delenv(SWITCH, raising=False)
     flags = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
     with fast_products(torch.device("cpu")):
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"

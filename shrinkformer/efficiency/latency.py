@@ -214,4 +214,4 @@ def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.get_device_module(device).synchronize()

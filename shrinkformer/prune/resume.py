@@ -111,9 +111,9 @@ class BlockFiles:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _load(self, block: int, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
-        with safe_open(self._file(block), framework="pt", device=str(device)) as file:
-            # not a dictionary
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(self._file(block), framework="pt") as file:
+            # not a dictionary, and it knows fewer devices than torch
+            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
 
     def _save(self, block: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
