@@ -8,8 +8,8 @@ Finds device mistakes without a GPU::
 How: torch's PrivateUse1 key as a Python backend (``torch.utils.backend_registration``), a wrapper subclass on that
 device, and a dispatch mode that sees factories and copies, too. Rules are those of CUDA: scalars of the CPU (no
 dimensions) may join elementwise operations, indices of the CPU may index, and every other mixture is an error; so is
-``numpy()`` of a tensor on the device. Autocast lowers products and raises norms and softmax, as on CUDA. Not simulated: kernels,
-streams, memory, speed, and what travels between processes.
+``numpy()`` of a tensor on the device. Autocast lowers products and raises norms and softmax, as on CUDA. Not
+simulated: kernels, streams, memory, speed, and what travels between processes.
 """
 
 import sys

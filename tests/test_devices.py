@@ -199,7 +199,6 @@ class TestCommands:
         ("main", "family", "arguments"),
         [
             (prune_bert.main, "bert", ["--task_name", "sst2", "--search_seconds", "0.1"]),
-            (prune_bert.main, "bert", ["--task_name", "sst2", "--budget", "latency", "--latency_shape", "2", "16"]),
             (prune_opt.main, "opt", ["--method", "stat", "--max_memory", "0.0001"]),
             (prune_opt.main, "llama", ["--search_seconds", "0", "--dtype", "bfloat16"]),
             (quantize_opt.main, "opt", ["--quantizer", "gptq", "--group_size", "16", "--max_memory", "0.0001"]),
