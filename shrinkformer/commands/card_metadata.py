@@ -12,7 +12,7 @@ from shrinkformer.commands.locate import Source
 from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.dataset.tasks import TASKS
 from shrinkformer.prune.checkpoint import auto_class
-from shrinkformer.prune.sentence_encoder import SIDE_PATTERNS
+from shrinkformer.prune.side_files import SIDE_PATTERNS
 from shrinkformer.utils.hub import NAME, some_files
 
 _PIPELINE_TAGS = {
@@ -34,7 +34,7 @@ _PERPLEXITY = "perplexity_"
 
 
 def side_folder(source: Source) -> Path | None:
-    """Folder with the model card of the dense model and what sentence-transformers needs; None if it cannot be had."""
+    """Folder with the model card of the dense model and what goes with its weights; None if it cannot be had."""
     return some_files(source.location, ("README.md", *SIDE_PATTERNS))
 
 

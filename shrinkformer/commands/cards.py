@@ -114,7 +114,7 @@ class Card:
         config = self.quantized.config
         return (
             f"`{self.source}`, quantized by shrinkformer to {config.amount} without retraining"
-            f"{pruned and f' after pruning {pruned}'}: {config.storage}, layers `{config.layers}`, quantizer "
+            f"{pruned and f' after pruning {pruned}'}: {self.quantized.storage}, layers `{config.layers}`, quantizer "
             f"`{config.quantizer}`, format `{self.kind}`."
         )
 

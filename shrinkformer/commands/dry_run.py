@@ -1,6 +1,6 @@
 """What a run would do, without doing it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from shrinkformer.commands.memory import GIB, Footprint, block_weights
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.efficiency.size import count_parameters
 from shrinkformer.prune.allocation import allocate_uniformly
-from shrinkformer.prune.budget import Budget, CostModel
+from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.curves import POINTS
 from shrinkformer.prune.damage import FEW_TOKENS
 from shrinkformer.prune.regression import RIDGES
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from shrinkformer.commands.session import Job
 
 
+Sizes = Callable[[Counts, int], Mapping[str, int]]
+
+
 def describe(
     job: "Job",
     model: PreTrainedModel,
@@ -31,6 +34,7 @@ def describe(
     *,
     footprint: Footprint,
     limit: float,
+    sizes: Sizes,
 ) -> str:
     """Plan, sizes, memory and time of a run, from shapes alone: no weight is read, nothing is computed.
 
@@ -41,6 +45,7 @@ def describe(
         options: Of the command.
         footprint: What the run takes.
         limit: Bytes that it may take.
+        sizes: Bytes of what would be written, from what stays and its parameters.
 
     Raises:
         BudgetError: A budget cannot be met.
@@ -54,7 +59,9 @@ def describe(
         f"{source.name} ({source.config.model_type}): {len(views)} blocks, hidden size {hidden}, "
         f"{sum(view.heads for view in views)} heads of {views[0].head_size}{shared}, {width:,} neurons, "
         f"{parameters / 1e6:.1f} M parameters",
-        f"method {options.method}, {inputs:,} calibration inputs, {tokens:,} tokens",
+        f"method {options.method}, {inputs:,} calibration inputs, {tokens:,} tokens"
+        if job.batches
+        else "nothing is learnt from examples, so none are read for calibration",
     ]
     if options.round_to is None:
         lines.append("round to auto: is measured when the run begins; sizes below are not rounded")
@@ -68,10 +75,11 @@ def describe(
             for view, heads, neurons in zip(views, even.heads, even.neurons, strict=True)
         )
         kept = parameters - gone
+        files = [f"{size / 1e6:,.2f} MB {what}".strip() for what, size in sizes(even, kept).items()]
         lines.append(
             f"mu {budget.mu:g}: {costs.macs(even) / 1e6:,.1f} of {costs.dense / 1e6:,.1f} M MACs at "
             f"{budget.sequence_length:.2f} tokens; for instance {sum(even.heads)} heads and {sum(even.neurons):,} "
-            f"neurons; about {kept / 1e6:.1f} M parameters, {kept * source.dtype.itemsize / 1e6:.1f} MB"
+            f"neurons; about {kept / 1e6:.1f} M parameters, {', '.join(files)}"
         )
     return "\n".join([*lines, _memory(footprint, limit), _time(model, tokens, options)])
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures.limits import max_positions
+from shrinkformer.commands.card_metadata import side_folder
 from shrinkformer.commands.checkpoint_options import INT8_FILE, ONNX_FILE, ExportOptions
 from shrinkformer.commands.console import say
 from shrinkformer.commands.exporting import describe_onnx, write_onnx
@@ -19,6 +20,7 @@ from shrinkformer.commands.locate import (
     bundled_decoder,
     bundled_model,
     class_of,
+    empty_model,
     find_any,
     generates,
     load_model,
@@ -32,9 +34,9 @@ from shrinkformer.dataset.loading import load_split
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.errors import InputError
 from shrinkformer.export.int8 import Deviation, quantize_dynamic_int8
-from shrinkformer.export.onnx_export import TOLERANCE
-from shrinkformer.prune.checkpoint import PLAN_FILE, may_be_replaced, replacing, save_tokenizer
-from shrinkformer.prune.sentence_encoder import copy_side_files
+from shrinkformer.export.onnx_export import TOLERANCE, require_exportable
+from shrinkformer.prune.checkpoint import PLAN_FILE, may_be_replaced, replacing
+from shrinkformer.prune.side_files import add_side_files
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.onnx_export import packable
 from shrinkformer.quantize.reading import read_quantized_weights
@@ -54,6 +56,7 @@ def export_model(options: ExportOptions) -> None:
         raise InputError(f"--dynamic_int8: {source.name} is {what}; leave --dynamic_int8 out.")
     folder = find_target(source, options.output)
     tokenizer = load_tokenizer(source) if may_have_tokenizer(source.location) else None
+    require_exportable(empty_model(source, class_of(source)))
     say(f"loading {source.name} from {source.location}")
     model, _ = load_model(source, class_of(source), "cpu", torch.float32)
     weights = integers(source, model) if source.quantized else {}
@@ -113,11 +116,7 @@ def writable(folder: Path, source: Source, model: PreTrainedModel, tokenizer: An
         if source.quantized:
             del config.quantization_config  # nothing in the file is
         config.save_pretrained(place)
-        if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(place)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, place)
-        copy_side_files(location, place)
+        add_side_files(place, model, source=side_folder(source), tokenizer=tokenizer)
         (place / PLAN_FILE).write_text("{}")
         yield place
 

@@ -100,6 +100,6 @@ def _dense_onnx(session: Session) -> OnnxModel:
     if session.dense_onnx is None:
         with tempfile.TemporaryDirectory(prefix="shrinkformer-") as scratch:
             path = Path(scratch) / "model.onnx"
-            export_onnx(session.model, path, shortened(session.job.batches[0]))
+            export_onnx(session.model, path, shortened(session.job.example))
             session.dense_onnx = OnnxModel(path)
     return session.dense_onnx

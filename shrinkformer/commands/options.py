@@ -195,7 +195,12 @@ class PruneOptions(EvaluateOptions):
 
     @property
     def calibrates(self) -> bool:
-        """Whether examples are needed."""
+        """Whether a model is made."""
+        return any(mu < 1 for mu in self.mu)
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether something is learnt from calibration examples."""
         return any(mu < 1 for mu in self.mu)
 
     def __post_init__(self) -> None:

@@ -59,6 +59,8 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
     tokenizer = load_tokenizer(source)
     calibration, evaluation = read_data(options, task, source, tokenizer)
     require_fitting_tokens(source, [calibration.features, *(split.features for split in evaluation.values())])
+    batches = [batch for _, batch in padded_batches(calibration.features, tokenizer, options.batch_size)]
+    some = calibration.features or next(iter(evaluation.values())).features
     lengths = [length for split in evaluation.values() for length in split.lengths]
     length = min(128, max_positions(source.config), tokenizer.model_max_length)
 
@@ -82,7 +84,8 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
         source=source,
         chosen=model_class(source, task),
         tokenizer=tokenizer,
-        batches=[batch for _, batch in padded_batches(calibration.features, tokenizer, options.batch_size)],
+        batches=batches,
+        example=next(iter(padded_batches(some[: options.batch_size], tokenizer, options.batch_size)))[1],
         sequence_length=options.sequence_length or sum(lengths) / len(lengths),
         evaluate=evaluate,
         shapes=[(1, length), (8, length)],
@@ -112,11 +115,13 @@ def read_data(
         return rows.select([number * len(rows) // evaluation_examples for number in range(evaluation_examples)])
 
     own = options.calibration_file
-    pool = read("train") if own is None else load_examples(own, task)
     longest = max_positions(source.config)
-    calibration = sample_calibration(
-        pool, task, tokenizer, size=options.sample_batch_size, seed=options.seed, max_length=longest
-    )
+    calibration = Encoded([], None, None, None)
+    if options.reads_examples:
+        pool = read("train") if own is None else load_examples(own, task)
+        calibration = sample_calibration(
+            pool, task, tokenizer, size=options.sample_batch_size, seed=options.seed, max_length=longest
+        )
     evaluation = {
         split: encode(read_some(split), task, tokenizer, max_length=longest)
         for split in evaluation_splits(task, options.data_dir, options.bundled_data)

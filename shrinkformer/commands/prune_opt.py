@@ -83,6 +83,7 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
         chosen=model_class(source, None),
         tokenizer=tokenizer,
         batches=as_batches(calibration, options.batch_size),
+        example=as_batches(next(some for some in windows if len(some)), options.batch_size)[0],
         sequence_length=length,
         evaluate=make_evaluate(options, evaluation, main, tokenizer, device=device, workers=workers),
         shapes=[(1, min(128, length)), (8, min(128, length))],
@@ -122,8 +123,8 @@ def read_evaluation(options: DecoderOptions, tokenizer: Any, length: int, bundle
 
 
 def read_calibration(options: DecoderOptions, tokenizer: Any, length: int, bundled: bool) -> Tensor:
-    """Calibration windows, ``(windows, length)``; none where nothing is pruned."""
-    if not options.calibrates:
+    """Calibration windows, ``(windows, length)``; none where nothing is learnt from them."""
+    if not options.reads_examples:
         return torch.zeros(0, length, dtype=torch.int64)
     own = options.calibration_file
     return calibration_windows(

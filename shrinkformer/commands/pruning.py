@@ -1,6 +1,6 @@
 """What pruning commands do for one budget: prune, save, check what was saved, measure."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from transformers import AutoConfig, PreTrainedModel
 from shrinkformer.commands.exporting import ONNXRUNTIME, describe_onnx, time_onnx, write_onnx
 from shrinkformer.commands.locate import load_model
 from shrinkformer.commands.options import PruneOptions
+from shrinkformer.commands.preflight import Checks
 from shrinkformer.commands.report import Measured, Run
 from shrinkformer.commands.running import run_job
-from shrinkformer.commands.session import Job, Session, measure
+from shrinkformer.commands.session import Job, Session, measure, target
 from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.errors import CheckpointError
-from shrinkformer.export.onnx_export import TOLERANCE
-from shrinkformer.prune.budget import Budget
+from shrinkformer.export.onnx_export import TOLERANCE, require_exportable
+from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.ranked import Ranked
@@ -42,7 +43,25 @@ def run_pruning(job: Job, options: PruneOptions, seconds: dict[str, float]) -> N
     """
     if options.export is not None:
         job = replace(job, whole=job.whole or f"--export {options.export} takes the whole model")
-    run_job(job, options, seconds, prune_once)
+    run_job(job, options, seconds, prune_once, _checks(options))
+
+
+def _checks(options: PruneOptions) -> Checks:
+    def shapes(_job: Job, model: PreTrainedModel, _budgets: Sequence[CostModel]) -> None:
+        if options.export is not None:
+            require_exportable(model)
+
+    def targets(job: Job, _model: PreTrainedModel, costs: CostModel) -> list[Path]:
+        return [_target(job, options, costs.budget)] if costs.budget.mu < 1 else []
+
+    def sizes(job: Job, _model: PreTrainedModel, _kept: Counts, parameters: int) -> dict[str, int]:
+        return {"": parameters * job.source.dtype.itemsize}
+
+    return Checks(shapes, targets, sizes)
+
+
+def _target(job: Job, options: PruneOptions, budget: Budget) -> Path:
+    return target(options, budget, f"{job.folder}-mu{budget.mu:g}")
 
 
 def prune_once(session: Session, budget: Budget) -> Run:
@@ -51,7 +70,7 @@ def prune_once(session: Session, budget: Budget) -> Run:
     dense, pruned, plan, folder = session.dense, None, None, None
     if session.calibrated is not None and budget.mu < 1:
         job.say(f"pruning to mu {budget.mu:g} by {options.method}")
-        folder = session.target(budget, f"{job.folder}-mu{budget.mu:g}")
+        folder = _target(job, options, budget)
         step = _prune_lazily if session.lazily else _prune_in_memory
         dense, pruned, plan = step(session, budget, folder, seconds)
     return session.run(budget, seconds, dense=dense, pruned=pruned, plan=plan, save_dir=folder)
@@ -108,7 +127,7 @@ def _export(
     if session.options.export is None or not job.workers.is_main:
         return {}
     with timed(seconds, "export"):
-        path = write_onnx(model, folder, job.batches[0])
+        path = write_onnx(model, folder, job.example)
         describe_onnx(folder, model)
         job.say(f"exported to {path}; ONNX Runtime gives equal outputs to {TOLERANCE:g}")
         times = time_onnx(session, path)
@@ -143,7 +162,7 @@ def _require_equal_outputs(job: Job, model: PreTrainedModel, folder: Path) -> No
     Raises:
         CheckpointError: The reloaded model gives other outputs.
     """
-    batch = accepted_inputs(model, {name: value[:4] for name, value in job.batches[0].items()})
+    batch = accepted_inputs(model, {name: value[:4] for name, value in job.example.items()})
     reloaded: Any = load(folder, dtype=job.dtype)
     with torch.inference_mode():
         if not torch.equal(model(**batch)[0], reloaded.to(job.device).eval()(**batch)[0]):
@@ -157,7 +176,9 @@ def _prune_lazily(
     """Prune and evaluate with one block in memory; no latency, because the models do not fit."""
     job, calibrated = session.job, session.calibrated
     assert isinstance(calibrated, Ranked)  # others need the whole model
-    plan, spent = prune_to_folder(calibrated, budget, folder, dtype=job.source.dtype, tokenizer=job.tokenizer)
+    plan, spent = prune_to_folder(
+        calibrated, budget, folder, dtype=job.source.dtype, tokenizer=job.tokenizer, extras_from=session.side_folder
+    )
     seconds |= spent
     job.workers.barrier()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

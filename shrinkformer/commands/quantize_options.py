@@ -9,7 +9,7 @@ from shrinkformer.commands.options import DecoderOptions, EncoderOptions, PruneO
 from shrinkformer.errors import InputError
 from shrinkformer.prune.sites import OUTSIDE, SCOPES
 from shrinkformer.quantize.names import ALL_FORMATS, DEFAULT_FORMAT
-from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, RECIPES
+from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, RECIPES, get_recipe
 from shrinkformer.quantize.scheme import BITS, Scheme
 
 if TYPE_CHECKING:
@@ -98,8 +98,14 @@ class QuantizeFlags:
 
     @property
     def calibrates(self) -> bool:
-        """Whether examples are needed; they also check what was saved."""
+        """Whether a model is made."""
         return True
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether something is learnt from calibration examples; rounding to nearest looks at none."""
+        pruned = any(mu < 1 for mu in self.mu) or self.target_ratio is not None
+        return pruned or get_recipe(self.quantizer).look_ahead
 
     @property
     def keeps_whole_heads(self) -> bool:

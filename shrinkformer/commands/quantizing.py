@@ -1,7 +1,7 @@
 """What quantizing commands do for one budget: prune if asked to, quantize, save, check what was saved, measure."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,26 +10,29 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from shrinkformer.commands.console import block_progress
-from shrinkformer.commands.locate import empty_model, load_model, model_class
+from shrinkformer.commands.locate import load_model, model_class
+from shrinkformer.commands.preflight import Checks
 from shrinkformer.commands.pruning import round_weights
 from shrinkformer.commands.quantize_options import QuantizeOptions
 from shrinkformer.commands.report import Measured, Run
 from shrinkformer.commands.running import run_job
-from shrinkformer.commands.session import Job, Session, measure
+from shrinkformer.commands.session import Job, Session, measure, target
 from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.errors import CheckpointError
+from shrinkformer.export.onnx_export import require_exportable
 from shrinkformer.export.runtime import require_onnx
-from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.result import Pruned, timed
-from shrinkformer.prune.statistics import Progress
+from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.stock import is_stock
 from shrinkformer.quantize.checkpoint import load, save
 from shrinkformer.quantize.config import Quantized
 from shrinkformer.quantize.names import ONNX
 from shrinkformer.quantize.outside import require_outside
+from shrinkformer.quantize.planned import planned_bytes, planned_layers, possible_groups, require_formats
 from shrinkformer.quantize.quantizer import quantize_, require_groups
 from shrinkformer.quantize.resume import QuantizedBlocks
 from shrinkformer.quantize.streamed import quantize_to_folder
@@ -70,10 +73,29 @@ def run_quantizing(job: Job, options: QuantizeOptions, seconds: dict[str, float]
         job = replace(job, whole=job.whole or "several values of --format are written from memory")
     if options.also:
         job = replace(job, whole=job.whole or "--also quantizes what stands outside the blocks")
-    shapes, config = empty_model(job.source, job.chosen), options.quantization(job.source.dtype)
-    require_groups(shapes, config)
-    require_outside(shapes, config)
-    run_job(job, options, seconds, quantize_once)
+    run_job(job, options, seconds, quantize_once, _checks(options))
+
+
+def _checks(options: QuantizeOptions) -> Checks:
+    def shapes(job: Job, model: PreTrainedModel, budgets: Sequence[CostModel]) -> None:
+        config = options.quantization(job.source.dtype)
+        require_groups(model, config)
+        require_outside(model, config)
+        require_formats(model, config, options.format, budgets)
+        if ONNX in options.format:
+            require_exportable(model)
+
+    def targets(job: Job, model: PreTrainedModel, costs: CostModel) -> list[Path]:
+        sizes = sorted(possible_groups(model, options.quantization(job.source.dtype), costs))
+        ranges = [(low, high) for low in sizes for high in sizes if low <= high]
+        found = [targets_of(job, options, costs.budget, some) for some in ranges]
+        return [folder for some in found for folder in some.values()]
+
+    def sizes(job: Job, model: PreTrainedModel, kept: Counts, parameters: int) -> dict[str, int]:
+        layers, dtype = planned_layers(model, options.quantization(job.source.dtype), kept), job.source.dtype
+        return {kind: planned_bytes(model, kind, layers, parameters, dtype) for kind in options.format}
+
+    return Checks(shapes, targets, sizes)
 
 
 def quantize_once(session: Session, budget: Budget) -> Run:
@@ -101,7 +123,7 @@ def _quantize_in_memory(session: Session, budget: Budget, seconds: dict[str, flo
     job.say(f"quantizing to {options.bits} bits by {options.quantizer}")
     found = quantize_(
         model,
-        job.batches,
+        examples(job),
         options.quantization(job.source.dtype),
         dense=None if pruned is None else session.model,
         progress=quantizing_progress(job),
@@ -125,7 +147,9 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
     offload.directory.mkdir(parents=True, exist_ok=True)
     assert session.calibrated is None or isinstance(session.calibrated, Ranked)  # others need the whole model
     pruning = None if session.calibrated is None or budget.mu == 1 else (session.calibrated, budget)
-    (kind, folder), *_ = _targets(session, budget).items()
+    config, counts = options.quantization(job.source.dtype), None if pruning is None else pruning[0].allocate(budget)
+    groups = {layer.scheme.group_size for layer in planned_layers(session.model, config, counts).values()}
+    (kind, folder), *_ = targets_of(job, options, budget, groups).items()
     store = _open_store(session, budget)
     aware = options.quantization(job.source.dtype).recipe.output_aware
     without = "; errors are not weighed by their effect, which takes the whole model in memory" if aware else ""
@@ -134,7 +158,7 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
         decoded = Path(job.workers.broadcast(str(scratch)))
         found, plan = quantize_to_folder(
             session.model,
-            job.batches,
+            examples(job),
             options.quantization(job.source.dtype),
             folder,
             format=kind,
@@ -143,6 +167,7 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
             pruning=pruning,
             decoded=decoded,
             tokenizer=job.tokenizer,
+            extras_from=session.side_folder,
             progress=quantizing_progress(job),
             store=store,
         )
@@ -157,6 +182,11 @@ def _quantize_lazily(session: Session, budget: Budget, seconds: dict[str, float]
             quantized = measure(session, model, replace(session.resources, weights=weights), folder)
         job.workers.barrier()
     return _Outcome(found, quantized, folder, plan=plan)
+
+
+def examples(job: Job) -> Batches:
+    """What quantizers look at; one that looks at nothing gets what the result is checked with."""
+    return job.batches or [dict(job.example)]
 
 
 def _options(session: Session) -> QuantizeOptions:
@@ -211,10 +241,11 @@ def save_formats(
     if plan is not None:
         describe_sizes(model, plan)
     _round_the_rest(model, found, job.source.dtype)
-    folders = _targets(session, budget)
+    groups = {weight.scheme.group_size for weight in found.weights.values()}
+    folders = targets_of(job, _options(session), budget, groups)
     for kind, folder in folders.items():
         if job.workers.is_main:
-            example = {name: value[:2].clone() for name, value in job.batches[0].items()}
+            example = {name: value[:2].clone() for name, value in job.example.items()}
             save(
                 model,
                 found.weights,
@@ -240,13 +271,23 @@ def _round_the_rest(model: PreTrainedModel, found: Quantized, dtype: torch.dtype
     round_weights(model, dtype, but=quantized)
 
 
-def _targets(session: Session, budget: Budget) -> Mapping[str, Path]:
-    """The folder of every format."""
-    job, options = session.job, _options(session)
-    name = f"w{options.bits}" if options.target_ratio is None else f"bytes{options.target_ratio:g}"
-    name += f"g{options.group_size}" if options.group_size > 0 and options.target_ratio is None else ""
+def targets_of(job: Job, options: QuantizeOptions, budget: Budget, groups: Collection[int]) -> Mapping[str, Path]:
+    """The folder of every format.
+
+    Args:
+        job: The model and the task.
+        options: Of the command.
+        budget: To which the model is pruned before.
+        groups: All sizes of groups in the file, which may be smaller than what was asked for.
+    """
+    if options.target_ratio is None:
+        name = f"w{options.bits}"
+        whole = [size for size in sorted(groups) if size > 0]
+        name += "g" + "-".join(map(str, dict.fromkeys((whole[0], whole[-1])))) if whole else ""
+    else:
+        name = f"bytes{options.target_ratio:g}"
     stem = f"{job.folder}-mu{budget.mu:g}-{name}" if budget.mu < 1 else f"{job.folder}-{name}"
-    base = session.target(budget, stem)
+    base = target(options, budget, stem)
     first, *others = options.format
     return {first: base, **{kind: base.with_name(f"{base.name}-{kind}") for kind in others}}
 
@@ -260,7 +301,7 @@ def _require_equal_outputs(job: Job, model: PreTrainedModel, folder: Path, kind:
     if kind == ONNX:
         job.say(f"saved to {folder}; ONNX Runtime gives equal outputs to 1e-4")
         return
-    batch = accepted_inputs(model, {name: value[:4] for name, value in job.batches[0].items()})
+    batch = accepted_inputs(model, {name: value[:4] for name, value in job.example.items()})
     reloaded: Any = load(folder, dtype=job.dtype)
     with torch.inference_mode():
         ours, theirs = model(**batch)[0], reloaded.to(job.device).eval()(**batch)[0]

@@ -189,7 +189,9 @@ def _quantized_section(figures: Measured, found: Quantized) -> dict[str, Any]:
     config = found.config
     settings = {
         "bits": config.bits if config.bits_of is None else None,
-        "group_size": config.group_size,
+        "group_size": found.group_sizes[0] if len(found.group_sizes) == 1 else None,
+        **({} if found.group_sizes == [config.group_size] else {"group_sizes": found.group_sizes}),
+        "group_size_asked": config.group_size,
         "symmetric": config.symmetric,
         "quantizer": config.quantizer,
         "scope": config.layers,

@@ -117,7 +117,7 @@ def _quantized_lines(found: Quantized) -> list[str]:
         number = "" if row.layer is None else row.layer
         rows.append([number, row.name, row.bits, *errors, f"{row.damping:.0e}", trust, f"{row.seconds:.2f}"])
     return [
-        f"  {config.amount}, {config.storage}, by {config.quantizer}; relative error of each layer's output",
+        f"  {config.amount}, {found.storage}, by {config.quantizer}; relative error of each layer's output",
         *_indented(aligned(rows, left=(1,))),
     ]
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,9 +12,10 @@ from shrinkformer.architectures import find_architecture, layer_views
 from shrinkformer.commands.console import block_progress, say
 from shrinkformer.commands.dry_run import describe
 from shrinkformer.commands.interrupted import alone, finish, is_finished, open_ledger, reported
-from shrinkformer.commands.locate import empty_model, load_model, require_weight_files
+from shrinkformer.commands.locate import empty_model, load_model
 from shrinkformer.commands.memory import GIB, Footprint, available_bytes
 from shrinkformer.commands.options import PruneOptions
+from shrinkformer.commands.preflight import Checks, preflight
 from shrinkformer.commands.publishing import Publisher
 from shrinkformer.commands.report import Run, write_report
 from shrinkformer.commands.session import Job, Session, measure_dense
@@ -22,8 +24,7 @@ from shrinkformer.errors import InputError, ShrinkformerWarning
 from shrinkformer.pictures.overview import overview
 from shrinkformer.pictures.run_page import run_title
 from shrinkformer.pictures.runs import RunRecord
-from shrinkformer.prune.allocation import require_feasible
-from shrinkformer.prune.budget import Budget, CostModel
+from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.health import require_finite_weights
 from shrinkformer.prune.hidden import Offload
 from shrinkformer.prune.pruner import calibrate
@@ -36,7 +37,7 @@ from shrinkformer.prune.stream import count_tokens
 Step = Callable[[Session, Budget], Run]
 
 
-def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: Step) -> None:
+def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: Step, checks: Checks) -> None:
     """Take a step for every budget that was asked for, and report.
 
     Args:
@@ -44,9 +45,10 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
         options: Of the command.
         seconds: Time that was spent already, by step.
         step: What is done for one budget.
+        checks: What this kind of run asks before it begins.
 
     Raises:
-        InputError: The model does not fit into memory, and has to.
+        InputError: The model does not fit into memory, and has to, or :func:`preflight` found something.
     """
     if job.source.quantized and options.calibrates:
         raise InputError(
@@ -59,14 +61,11 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
         _require_blocks(job, options, footprint, limit)
     rounding = _measured_rounding(job, options, shapes)
     budgets = _budgets(job, options, rounding)
+    preflight(job, options, shapes, budgets, checks)
     if options.dry_run:
-        job.say(describe(job, shapes, budgets, options, footprint=footprint, limit=limit))
+        sizes = partial(checks.sizes, job, shapes)
+        job.say(describe(job, shapes, budgets, options, footprint=footprint, limit=limit, sizes=sizes))
         return
-    require_weight_files(job.source)
-    for budget in budgets:
-        costs = CostModel.of(layer_views(shapes), budget)
-        if options.budget == "macs":  # time is not known yet
-            require_feasible(costs)
     if any(budget.uniform for budget in budgets):
         job.say(f"--uniform: {describe_limits(find_architecture(shapes.config.model_type), shapes.config)}")
     with alone(job, options):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
@@ -48,7 +49,8 @@ class Job:
         source: The model.
         chosen: The class that loads it.
         tokenizer: Saved beside the pruned model.
-        batches: Calibration examples as model inputs; those of all workers.
+        batches: Calibration examples as model inputs; those of all workers. Empty where nothing is learnt from any.
+        example: A batch to check saved models with.
         sequence_length: Length at which MACs are counted.
         evaluate: Figures of a model, with their standard errors and what each example contributes.
         shapes: Inputs whose latency is measured, (examples, tokens).
@@ -70,6 +72,7 @@ class Job:
     chosen: Any
     tokenizer: Any
     batches: Batches
+    example: Mapping[str, Tensor]
     sequence_length: float
     evaluate: Evaluate
     shapes: Sequence[tuple[int, int]]
@@ -109,13 +112,6 @@ class Session:
     def lazily(self) -> bool:
         """Whether the model passes block by block."""
         return self.resources.offload is not None
-
-    def target(self, budget: Budget, name: str) -> Path:
-        """Where the checkpoint for a budget goes: ``name`` below the output folder, unless the user gave a place."""
-        options = self.options
-        if options.save_dir is None:
-            return options.output_dir / name
-        return options.save_dir if len(options.mu) == 1 else options.save_dir / f"mu{budget.mu:g}"
 
     @cached_property
     def side_folder(self) -> Path | None:
@@ -157,7 +153,7 @@ class Session:
             method=options.method,
             mu=found.pop("mu", budget.mu),
             seed=options.seed,
-            sample_batch_size=options.sample_batch_size,
+            sample_batch_size=options.sample_batch_size if job.batches else 0,
             calibration_tokens=count_tokens(job.batches),
             device=job.device,
             seconds=seconds | {"total": sum(seconds.values())},
@@ -189,6 +185,13 @@ class Session:
         if budget.uniform:
             facts["blocks"] = "all alike"
         return facts
+
+
+def target(options: PruneOptions, budget: Budget, name: str) -> Path:
+    """Where the checkpoint for a budget goes: ``name`` below the output folder, unless the user gave a place."""
+    if options.save_dir is None:
+        return options.output_dir / name
+    return options.save_dir if len(options.mu) == 1 else options.save_dir / f"mu{budget.mu:g}"
 
 
 def measure_dense(session: Session) -> Measured:

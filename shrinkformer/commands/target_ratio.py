@@ -1,17 +1,20 @@
 """What quantizing commands do with ``--target_ratio``: choose sizes and bits for a number of bytes, then as ever."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from shrinkformer.commands.locate import empty_model
+from transformers import PreTrainedModel
+
+from shrinkformer.commands.preflight import Checks
 from shrinkformer.commands.quantize_options import QuantizeOptions
-from shrinkformer.commands.quantizing import latency_of, measure_unsaved, quantizing_progress, save_formats
+from shrinkformer.commands.quantizing import latency_of, measure_unsaved, quantizing_progress, save_formats, targets_of
 from shrinkformer.commands.report import Run
 from shrinkformer.commands.running import run_job
 from shrinkformer.commands.session import Job, Session, measure
-from shrinkformer.efficiency.size import folder_bytes
+from shrinkformer.efficiency.size import count_parameters, folder_bytes
 from shrinkformer.errors import CheckpointError
-from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.names import SHRINK
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.shrink_config import ShrinkConfig
@@ -35,19 +38,28 @@ def run_target_ratio(job: Job, options: QuantizeOptions, seconds: dict[str, floa
     """
     assert options.target_ratio is not None
     job = replace(job, whole=job.whole or "--target_ratio measures whole models")
-    shapes, config = empty_model(job.source, job.chosen), options.quantization(job.source.dtype)
-    require_groups(shapes, config)
-    location = Path(job.source.location)
-    if location.is_dir():
-        limits = Budget(1.0, job.sequence_length, options.round_to, options.min_heads, options.min_neurons)
-        dense = folder_bytes(location)
-        require_bytes(shapes, config, limits, options.target_ratio, dense)
+    run_job(job, replace(options, method=SHRINK), seconds, compress_once, _checks(options, options.target_ratio))
+
+
+def _checks(options: QuantizeOptions, ratio: float) -> Checks:
+    def shapes(job: Job, model: PreTrainedModel, budgets: Sequence[CostModel]) -> None:
+        config, location = options.quantization(job.source.dtype), Path(job.source.location)
+        require_groups(model, config)
+        dense = folder_bytes(location) if location.is_dir() else job.dtype.itemsize * count_parameters(model)
+        require_bytes(model, config, budgets[0].budget, ratio, dense)
         if options.dry_run:
             job.say(
-                f"target ratio {options.target_ratio:g}: at most {options.target_ratio * dense / 1e6:,.2f} of "
-                f"{dense / 1e6:,.2f} MB; what is pruned, and to how many bits, is found by measuring"
+                f"target ratio {ratio:g}: at most {ratio * dense / 1e6:,.2f} of {dense / 1e6:,.2f} MB; what is pruned, "
+                "and to how many bits, is found by measuring"
             )
-    run_job(job, replace(options, method=SHRINK), seconds, compress_once)
+
+    def targets(job: Job, _model: PreTrainedModel, costs: CostModel) -> list[Path]:
+        return list(targets_of(job, options, costs.budget, ()).values())
+
+    def sizes(job: Job, _model: PreTrainedModel, _kept: Counts, parameters: int) -> dict[str, int]:
+        return {"before it is pruned and quantized": parameters * job.source.dtype.itemsize}
+
+    return Checks(shapes, targets, sizes)
 
 
 def compress_once(session: Session, budget: Budget) -> Run:

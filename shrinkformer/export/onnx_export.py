@@ -29,6 +29,9 @@ from shrinkformer.utils.modes import evaluation_mode
 TOLERANCE = 1e-4
 """Of onnxruntime's outputs, relative to the largest output of the model."""
 
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Kinds of rotary positions that look at the length of an input."""
+
 _INLINE_LIMIT = 2_000_000_000
 """Bytes of weights in the ``.onnx`` file itself; protobuf allows no more than 2^31 for everything."""
 
@@ -50,12 +53,14 @@ def export_onnx(
         cache: Export the cache; by default where the model generates with one.
 
     Raises:
-        InputError: The packages are missing, or the example is none. Nothing has been exported then.
+        InputError: The packages are missing, the example is none, or no graph holds the model. Nothing has been
+            exported then.
         ShrinkformerError: torch cannot export the model, or the outputs differ.
     """
     require_onnx("the ONNX export")
     path = Path(path)
     require_file(path)
+    require_exportable(model)
     tokens = require_tokens(accepted_inputs(model, example))
     model = float_copy(model)
     with evaluation_mode(model), torch.no_grad():
@@ -65,6 +70,22 @@ def export_onnx(
         program = trace(traced, tokens, list(checks[0][1]))
     tidy(program)
     write_checked(program, path, checks)
+
+
+def require_exportable(model: PreTrainedModel) -> None:
+    """Check, from modules alone, that a graph can hold what a model computes.
+
+    Raises:
+        InputError: It cannot.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if kind in _LENGTH_DEPENDENT:
+            raise InputError(
+                f"{type(model).__name__} has rope_type {kind!r}, whose frequencies follow the length of each input; "
+                "an ONNX graph has one set of them: run it in torch, or export a checkpoint with rope_type default, "
+                "linear, yarn or llama3."
+            )
 
 
 def require_file(path: Path) -> None:

@@ -28,7 +28,7 @@ from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.health import require_finite_weights
 from shrinkformer.prune.opening import load_pretrained, open_config
 from shrinkformer.prune.plan import Plan
-from shrinkformer.prune.sentence_encoder import copy_side_files, write_side_files
+from shrinkformer.prune.side_files import add_side_files
 from shrinkformer.prune.stock import is_stock, stock_values
 from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.utils.files import new_folder
@@ -66,7 +66,8 @@ def save(
         plan: What was kept and why, for the record.
         tokenizer: Saved beside the model.
         card: Text of the model card, README.md.
-        extras_from: Folder of the dense model; what sentence-transformers needs from it (pooling) is copied.
+        extras_from: Folder of the dense model; what is not written anew is copied: what sentence-transformers needs
+            (pooling), processors, other files of the tokenizer, the license.
         sentence_encoder: Write that for mean pooling where the dense model has nothing of the kind.
 
     Raises:
@@ -77,22 +78,9 @@ def save(
     describe_sizes(model, plan)
     with replacing(Path(directory)) as folder:
         model.save_pretrained(folder)
-        complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=card)
-        add_side_files(folder, model, tokenizer, extras_from, sentence_encoder)
+        complete(folder, type(model), plan=plan, card=card)
+        add_side_files(folder, model, source=extras_from, tokenizer=tokenizer, sentence_encoder=sentence_encoder)
     return Path(directory)
-
-
-def add_side_files(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    extras_from: Path | None,
-    sentence_encoder: bool,
-) -> None:
-    """Add what sentence-transformers needs beside a model; arguments as of :func:`save`."""
-    copied = extras_from is not None and copy_side_files(extras_from, folder)
-    if sentence_encoder and not copied:
-        write_side_files(folder, model.config, tokenizer)
 
 
 @contextmanager
@@ -118,10 +106,9 @@ def complete(
     kind: type[PreTrainedModel],
     *,
     plan: Plan | None,
-    tokenizer: PreTrainedTokenizerBase | None,
     card: str | None,
 ) -> None:
-    """Add to weights and configuration what makes a folder load anywhere: classes, plan, tokenizer, model card.
+    """Add to weights and configuration what makes a folder load anywhere: classes, plan, model card.
 
     A configuration without our section is that of a stock model, which needs no classes.
     """
@@ -138,18 +125,8 @@ def complete(
         (folder / code.name).unlink(missing_ok=True)
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / PLAN_FILE).write_text(plan.to_json() if plan is not None else "{}")
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, folder)
     if card is not None:
         (folder / "README.md").write_text(card)
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer without the lengths of its last call."""
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(folder)
 
 
 def describe_sizes(model: PreTrainedModel, plan: Plan | None = None) -> None:

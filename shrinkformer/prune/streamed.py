@@ -19,6 +19,7 @@ from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.shards import ShardWriter
+from shrinkformer.prune.side_files import add_side_files
 from shrinkformer.utils.memory import limited
 from shrinkformer.utils.precision import rounded
 
@@ -35,6 +36,7 @@ def prune_to_folder(
     *,
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    extras_from: Path | None = None,
 ) -> tuple[Plan, dict[str, float]]:
     """Prune a model to a budget and write it shard by shard; all of the folder appears, or nothing.
 
@@ -46,6 +48,7 @@ def prune_to_folder(
         directory: Where to; replaced when it is an earlier checkpoint of this package.
         dtype: Of the weights in the file.
         tokenizer: Saved beside the model.
+        extras_from: Folder of the dense model, from which everything else beside its weights is copied.
 
     Returns:
         What was kept, and seconds by step.
@@ -59,14 +62,20 @@ def prune_to_folder(
 
     def attempt(most: int) -> tuple[Plan, dict[str, float]]:
         some = replace(calibrated, batches=limited(calibrated.batches, most))
-        return _prune_to_folder(some, budget, directory, dtype, tokenizer)
+        return _prune_to_folder(some, budget, directory, dtype=dtype, tokenizer=tokenizer, extras_from=extras_from)
 
     with faults_located(calibrated.model, calibrated.batches, calibrated.resources):
         return in_smaller_batches(attempt, calibrated.batches, calibrated.resources.workers, what="pruning")
 
 
 def _prune_to_folder(
-    calibrated: Ranked, budget: Budget, directory: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None
+    calibrated: Ranked,
+    budget: Budget,
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None,
+    extras_from: Path | None,
 ) -> tuple[Plan, dict[str, float]]:
     seconds: dict[str, float] = {}
     with timed(seconds, "allocation"):
@@ -89,9 +98,8 @@ def _prune_to_folder(
         describe(config, CostModel.of(layer_views(model), budget).sizes(counts), plan)
         config.dtype = dtype
         config.save_pretrained(folder)
-        if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-        complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=None)
+        complete(folder, type(model), plan=plan, card=None)
+        add_side_files(folder, model, source=extras_from, tokenizer=tokenizer)
     return plan, seconds
 
 

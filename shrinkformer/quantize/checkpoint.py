@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.prune import checkpoint
 from shrinkformer.prune.opening import load_pretrained, open_config
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.shards import ShardWriter
+from shrinkformer.prune.side_files import add_side_files, read_generation_config
 from shrinkformer.prune.streamed import add_tensors, tied_weights
 from shrinkformer.quantize.formats import FLOAT, FORMATS
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layout import Format
-from shrinkformer.quantize.names import ALL_FORMATS, DEFAULT_FORMAT, ONNX
+from shrinkformer.quantize.names import DEFAULT_FORMAT, ONNX
 from shrinkformer.quantize.onnx_export import export_onnx
+from shrinkformer.quantize.planned import is_embedding, is_transposed, linear_layers, require_format
 from shrinkformer.quantize.reading import read_quantized_state_dict
 from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.trust.foreign import foreign_errors
@@ -58,7 +59,7 @@ def save(
         plan: What was kept, if the model was pruned.
         tokenizer: Saved beside the model.
         card: Text of the model card, README.md.
-        extras_from: Folder of the dense model; what sentence-transformers needs from it (pooling) is copied.
+        extras_from: Folder of the dense model; everything beside its weights that is not written anew is copied.
         sentence_encoder: Write that for mean pooling where the dense model has nothing of the kind; not beside ONNX.
         example: Model inputs to check an ONNX file with.
         tied_once: Write integers of a matrix with two uses under one of its names, which :func:`load` takes and other
@@ -69,47 +70,25 @@ def save(
         CheckpointError: The folder exists and holds something else.
     """
     require_format(model, format, weights)
+    if format == ONNX and example is None:
+        raise InputError("--format onnx is checked on an example: pass example=, a batch of model inputs.")
     if tied_once:
         tied = {name.removesuffix(".weight") for name in tied_weights(model)}
         weights = {name: weight for name, weight in weights.items() if name not in tied}
     with checkpoint.replacing(Path(directory)) as folder:
         if format == ONNX:
-            if example is None:
-                raise InputError("--format onnx is checked on an example: pass example=, a batch of model inputs.")
-            linear = {name: weight for name, weight in weights.items() if not _is_embedding(model, name)}
+            assert example is not None
+            linear = {name: weight for name, weight in weights.items() if not is_embedding(model, name)}
             export_onnx(model, linear, folder / "model.onnx", accepted_inputs(model, example))
             own, kind = copy.deepcopy(model.config), FLOAT
         else:
             own, kind = copy.deepcopy(model.config), FORMATS[format]
             _write(model, weights, folder, kind, dtype)
         schemes = {name: weight.grid.scheme for name, weight in weights.items()}
-        finish_folder(folder, model, own, kind, schemes, plan=plan, tokenizer=tokenizer, dtype=dtype)
-        if card is not None:
-            (folder / "README.md").write_text(card)
-        checkpoint.add_side_files(folder, model, tokenizer, extras_from, sentence_encoder and format != ONNX)
+        finish_folder(folder, model, own, kind, schemes, plan=plan, dtype=dtype, card=card)
+        mean = sentence_encoder and format != ONNX
+        add_side_files(folder, model, source=extras_from, tokenizer=tokenizer, sentence_encoder=mean)
     return Path(directory)
-
-
-def require_format(model: PreTrainedModel, format: str, weights: Mapping[str, QuantizedWeight]) -> None:
-    """Check that a format holds every weight.
-
-    Raises:
-        InputError: It does not, or there is no such format.
-    """
-    if format not in ALL_FORMATS:
-        raise InputError(f"--format {format!r}: choose one of {', '.join(ALL_FORMATS)}.")
-    if format == ONNX:
-        return
-    for name, weight in weights.items():
-        if format != FLOAT.name and _is_transposed(model, name):
-            raise InputError(f"{name}: readers of --format {format} know no Conv1D; use --format float or onnx.")
-        FORMATS[format].require(name, weight)
-    groups = {(weight.grid.scheme.bits, weight.grid.scheme.group_size) for weight in weights.values()}
-    if format == DEFAULT_FORMAT and len(groups) > 1 and not all(w.grid.scheme.symmetric for w in weights.values()):
-        raise InputError(
-            f"--asymmetric: transformers cannot load --format {format} with zero points and several group sizes "
-            f"({', '.join(str(size) for _, size in sorted(groups))}); pass a --group_size that divides all layers."
-        )
 
 
 def _write(
@@ -149,7 +128,7 @@ def add_weights(
     add_tensors(writer, model, plain, dtype)
     for name, weight in weights.items():
         for stored, tensor in format.tensors(name, weight, dtype).items():
-            transposed = stored.endswith(".weight") and _is_transposed(model, name)
+            transposed = stored.endswith(".weight") and is_transposed(model, name)
             writer.add(stored, tensor.T.contiguous() if transposed else tensor)
 
 
@@ -161,8 +140,8 @@ def finish_folder(
     schemes: Mapping[str, Scheme],
     *,
     plan: Plan | None,
-    tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype,
+    card: str | None = None,
 ) -> None:
     """Add to weights what makes a folder load anywhere; a model of stock shape needs no code of ours.
 
@@ -173,13 +152,13 @@ def finish_folder(
         format: Of the weights.
         schemes: How each quantized layer is stored.
         plan: What was kept, if the model was pruned.
-        tokenizer: Saved beside the model.
         dtype: Of scales and of everything that is not quantized.
+        card: Text of the model card, README.md.
     """
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.architectures = [checkpoint.stock_class(type(model)).__name__]
-    section = format.config(schemes, [name for name in _linears(model) if name not in schemes])
+    section = format.config(schemes, [name for name in linear_layers(model) if name not in schemes])
     if section is not None:
         config.quantization_config = section
         if any(name.removesuffix(".weight") in schemes for name in tied_weights(model)):
@@ -187,21 +166,7 @@ def finish_folder(
         if format.config_file:
             (folder / format.config_file).write_text(json.dumps(section, indent=2) + "\n")
     config.save_pretrained(folder)
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    checkpoint.complete(folder, type(model), plan=plan, tokenizer=tokenizer, card=None)
-
-
-def _linears(model: PreTrainedModel) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-
-
-def _is_embedding(model: PreTrainedModel, name: str) -> bool:
-    return isinstance(model.get_submodule(name), torch.nn.Embedding)
-
-
-def _is_transposed(model: PreTrainedModel, name: str) -> bool:
-    return isinstance(model.get_submodule(name), Conv1D)
+    checkpoint.complete(folder, type(model), plan=plan, card=card)
 
 
 def load(
@@ -235,4 +200,6 @@ def load(
     dtype = kwargs.pop("dtype", None) or config.dtype or torch.float32
     with foreign_errors(CheckpointError, f"{path}: the quantized weights cannot be read", _AGAIN):
         state = read_quantized_state_dict(path, section, dtype)
-    return load_pretrained(chosen, None, config=config, state_dict=state, dtype=dtype, **kwargs).eval()
+    model = load_pretrained(chosen, None, config=config, state_dict=state, dtype=dtype, **kwargs)
+    read_generation_config(path, model)
+    return model.eval()

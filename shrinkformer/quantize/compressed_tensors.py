@@ -16,7 +16,7 @@ Source: compressed-tensors 0.20, ``compressors/pack_quantized``.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +24,20 @@ from torch import Tensor
 
 from shrinkformer.errors import CheckpointError
 from shrinkformer.quantize.grid import QuantizedWeight
-from shrinkformer.quantize.layout import Format, Stored, Tensors, require_words, scheme_of, tensor_of
+from shrinkformer.quantize.layout import Format, Storable, Stored, Tensors, require_words, scheme_of, tensor_of
 from shrinkformer.quantize.packing import pack, unpack, words
 from shrinkformer.quantize.scheme import WHOLE_ROW, Scheme
 
 _NAME, _PACKING = "compressed-tensors", "pack-quantized"
 
 
-def _require(name: str, weight: QuantizedWeight) -> None:
+def _require(name: str, weight: Storable) -> None:
     require_words(name, weight, _NAME)
+
+
+def _one_scheme(schemes: Collection[Scheme]) -> str:
+    symmetric = all(scheme.symmetric for scheme in schemes)
+    return "" if symmetric else "transformers loads zero points (--asymmetric) only where all layers have one scheme"
 
 
 def _tensors(name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -230,4 +235,5 @@ COMPRESSED_TENSORS = Format(
     config=_config,
     unpack=_unpack,
     bits=lambda name, _shapes, config: _scheme(name, config).bits,
+    one_scheme=_one_scheme,
 )

@@ -9,7 +9,7 @@ from shrinkformer.errors import InputError
 from shrinkformer.prune.sites import OUTSIDE, SCOPES
 from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.recipe import DEFAULT_QUANTIZER, Recipe, get_recipe
-from shrinkformer.quantize.scheme import Scheme
+from shrinkformer.quantize.scheme import WHOLE_ROW, Scheme
 
 _FEW_BITS = 4
 
@@ -71,12 +71,6 @@ class QuantizeConfig:
         return set(self.bits_of.values()) if self.bits_of else {self.bits}
 
     @property
-    def storage(self) -> str:
-        """Groups and kind of grid, in words."""
-        group = "one scale per output" if self.group_size < 0 else f"groups of {self.group_size}"
-        return f"{group}, {'symmetric' if self.symmetric else 'with zero points'}"
-
-    @property
     def fast(self) -> bool:
         """Whether calibration may round what goes into products by 0.2 %, far less than codes of few bits do."""
         return self.recipe.fast and max(self._numbers) <= _FEW_BITS
@@ -100,6 +94,7 @@ class LayerReport:
         trust: How far the layer was corrected for errors before it, 0 to 1, by part: of its input, of the residual.
         seconds: Time of the solution; what is known about its input is collected for several layers at once.
         bits: Of a code.
+        group_size: Neighbouring inputs that share a scale, as it is in the file; -1 for one scale per output.
     """
 
     layer: int | None
@@ -110,6 +105,7 @@ class LayerReport:
     trust: tuple[float, ...]
     seconds: float
     bits: int
+    group_size: int = WHOLE_ROW
 
 
 @dataclass
@@ -127,3 +123,18 @@ class Quantized:
     layers: list[LayerReport]
     config: QuantizeConfig
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """All sizes of groups that are there, ascending; -1 where an output has one scale."""
+        return sorted({layer.group_size for layer in self.layers})
+
+    @property
+    def storage(self) -> str:
+        """Groups as they are in the file and kind of grid, in words."""
+        found, asked = self.group_sizes, self.config.group_size
+        sizes = [size for size in found if size != WHOLE_ROW]
+        group = f"groups of {' and '.join(map(str, sizes))}" if sizes else "one scale per output"
+        if sizes and found != [asked]:
+            group += f" ({asked} were asked for; a group must divide the inputs of its layer)"
+        return f"{group}, {'symmetric' if self.config.symmetric else 'with zero points'}"

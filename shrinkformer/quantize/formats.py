@@ -10,12 +10,12 @@ from shrinkformer.errors import CheckpointError
 from shrinkformer.quantize.compressed_tensors import COMPRESSED_TENSORS
 from shrinkformer.quantize.gptq_layout import GPTQ
 from shrinkformer.quantize.grid import QuantizedWeight
-from shrinkformer.quantize.layout import Format, Stored, Tensors
+from shrinkformer.quantize.layout import Format, Storable, Stored, Tensors
 from shrinkformer.quantize.names import ALL_FORMATS, ONNX
 from shrinkformer.quantize.scheme import Scheme
 
 
-def _anything(_name: str, _weight: QuantizedWeight) -> None:
+def _anything(_name: str, _weight: Storable) -> None:
     """Ordinary weights hold every scheme."""
 
 

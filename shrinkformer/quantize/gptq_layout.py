@@ -26,7 +26,7 @@ from torch import Tensor
 from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.quantize.compressed_tensors import group_index
 from shrinkformer.quantize.grid import QuantizedWeight
-from shrinkformer.quantize.layout import Format, Stored, Tensors, require_words, scheme_of, tensor_of
+from shrinkformer.quantize.layout import Format, Storable, Stored, Tensors, require_words, scheme_of, tensor_of
 from shrinkformer.quantize.packing import WORD, pack, unpack, words
 from shrinkformer.quantize.scheme import WHOLE_ROW, Scheme
 
@@ -34,15 +34,15 @@ GROUP_SIZES = (WHOLE_ROW, 16, 32, 64, 128, 256, 512, 1024)
 """What GPTQModel's kernels take."""
 
 
-def _require(name: str, weight: QuantizedWeight) -> None:
+def _require(name: str, weight: Storable) -> None:
     require_words(name, weight, "gptq")
-    for what, size in (("outputs", weight.codes.shape[0]), ("inputs", weight.codes.shape[1])):
+    for what, size in (("outputs", weight.outputs), ("inputs", weight.inputs)):
         if size % WORD:
             raise InputError(
                 f"{name}: --format gptq needs multiples of {WORD}, got {size} {what}; "
                 f"prune with --round_to {WORD}, or use --format compressed-tensors."
             )
-    size = weight.grid.scheme.group_size
+    size = weight.scheme.group_size
     if size not in GROUP_SIZES:
         raise InputError(
             f"{name}: --format gptq has no kernel for --group_size {size}; choose one of "
@@ -193,4 +193,5 @@ GPTQ = Format(
     unpack=_unpack,
     config_file="quantize_config.json",
     bits=_bits,
+    one_scheme=lambda _schemes: "it holds one number of bits and one group size",
 )

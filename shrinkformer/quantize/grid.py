@@ -70,6 +70,21 @@ class QuantizedWeight:
     codes: Tensor
     grid: Grid
 
+    @property
+    def outputs(self) -> int:
+        """Rows."""
+        return self.codes.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Columns."""
+        return self.codes.shape[1]
+
+    @property
+    def scheme(self) -> Scheme:
+        """How it is stored."""
+        return self.grid.scheme
+
     def decode(self) -> Tensor:
         """The weight that the codes stand for, ``(outputs, inputs)``, in the type of the scales."""
         return self.grid.decode(self.codes)

@@ -1,8 +1,8 @@
 """What all formats have in common: the record of a format, and a weight as it lies in a file."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,22 @@ from shrinkformer.quantize.scheme import WHOLE_ROW, Scheme
 
 Tensors = Mapping[str, Tensor]
 """Tensors of one module or of a whole file, by full name."""
+
+
+class Storable(Protocol):
+    """What formats ask about a weight: shapes and scheme, of codes that are there or only planned."""
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the weight."""
+
+    @property
+    def inputs(self) -> int:
+        """Columns of the weight."""
+
+    @property
+    def scheme(self) -> Scheme:
+        """How it is stored."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,7 @@ class Format:
         name: Of ``--format``.
         suffixes: Endings of the tensors that take the place of ``<module>.weight``; the first is always there.
         require: ``(name, weight)``; raises :class:`InputError` where the format cannot hold the weight.
+        one_scheme: ``(schemes)``; why all layers of a model must have the same scheme, "" where they need not.
         tensors: ``(name, weight, dtype)``; what is written in place of ``<name>.weight``, scales as ``dtype``.
         config: ``(schemes by module, names of linear layers that are not quantized)``; ``quantization_config`` of
             config.json, None where there is none.
@@ -80,12 +97,13 @@ class Format:
 
     name: str
     suffixes: tuple[str, ...]
-    require: Callable[[str, QuantizedWeight], None]
+    require: Callable[[str, Storable], None]
     tensors: Callable[[str, QuantizedWeight, torch.dtype], dict[str, Tensor]]
     config: Callable[[Mapping[str, Scheme], Sequence[str]], dict[str, Any] | None]
     unpack: Callable[[str, Tensors, Mapping[str, Any]], Stored]
     config_file: str = ""
     bits: Callable[[str, Mapping[str, tuple[int, ...]], Mapping[str, Any]], int] = lambda _name, _shapes, _config: 0
+    one_scheme: Callable[[Collection[Scheme]], str] = lambda _schemes: ""
 
     def read(self, name: str, tensors: Tensors, config: Mapping[str, Any]) -> QuantizedWeight:
         """The weight of a module, from what ``tensors`` and ``config`` returned.
@@ -96,13 +114,13 @@ class Format:
         return self.unpack(name, tensors, config).weight(name)
 
 
-def require_words(name: str, weight: QuantizedWeight, flag: str) -> None:
+def require_words(name: str, weight: Storable, flag: str) -> None:
     """Refuse what no format with codes in words holds.
 
     Raises:
         InputError: Binary codes, or a last group that is smaller than the others.
     """
-    scheme, inputs = weight.grid.scheme, weight.grid.inputs
+    scheme, inputs = weight.scheme, weight.inputs
     if scheme.bits == 1:
         raise InputError(f"{name}: --format {flag} cannot hold --bits 1; use --format float, or at least 2 bits.")
     if scheme.group_size != WHOLE_ROW and inputs % scheme.group_size:

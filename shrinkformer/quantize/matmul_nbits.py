@@ -11,6 +11,7 @@ from torch.nn import functional
 from shrinkformer.architectures import Projection
 from shrinkformer.errors import InputError
 from shrinkformer.quantize.grid import QuantizedWeight
+from shrinkformer.quantize.layout import Storable
 from shrinkformer.quantize.scheme import Scheme
 
 BITS = (4, 8)
@@ -42,6 +43,18 @@ class Packed:
     attributes: dict[str, int]
 
 
+def require(name: str, weight: Storable) -> None:
+    """Check that the operator holds a weight.
+
+    Raises:
+        InputError: It has no such bits or groups.
+    """
+    bits = weight.scheme.bits
+    if bits not in BITS:
+        raise InputError(f"{name}: --bits {bits} cannot be exported as ONNX; choose 4 or 8, or another format.")
+    _block_size(name, weight.scheme, weight.inputs)
+
+
 def pack(name: str, projection: Projection, weight: QuantizedWeight) -> Packed:
     """A layer's weight in blocks; a group of several blocks repeats its scale.
 
@@ -53,9 +66,8 @@ def pack(name: str, projection: Projection, weight: QuantizedWeight) -> Packed:
     Raises:
         InputError: The operator has no such bits or groups, or the weight is not that of the layer.
     """
+    require(name, weight)
     scheme, (outputs, inputs) = weight.grid.scheme, weight.codes.shape
-    if scheme.bits not in BITS:
-        raise InputError(f"{name}: --bits {scheme.bits} cannot be exported as ONNX; choose 4 or 8, or another format.")
     if (outputs, inputs) != (projection.out_features, projection.in_features):
         expected = (projection.out_features, projection.in_features)
         raise InputError(f"{name}: codes of shape {(outputs, inputs)} for a weight of {expected}; quantize this model.")

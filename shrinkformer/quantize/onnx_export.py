@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import Projection
 from shrinkformer.errors import InputError, ShrinkformerError
-from shrinkformer.export.onnx_export import require_file, tidy, trace, write_checked
+from shrinkformer.export.onnx_export import require_exportable, require_file, tidy, trace, write_checked
 from shrinkformer.export.runtime import require_onnx
 from shrinkformer.export.tracing import Traced, TracedDecoder, float_copy, require_tokens
 from shrinkformer.quantize.grid import QuantizedWeight
@@ -52,6 +52,7 @@ def export_onnx(
     """
     require_onnx("--format onnx")
     require_file(path)
+    require_exportable(model)
     tokens = require_tokens(example)
     packed = {name: pack(name, _projection(model, name), weight) for name, weight in weights.items()}
     model = _decoded(model, weights)

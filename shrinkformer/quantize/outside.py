@@ -104,7 +104,8 @@ class Outside:
         weight.copy_(solved.weight.decode().to(weight.dtype))
         into.weights[name] = solved.weight
         errors = (solved.error, solved.nearest_error, solved.damping)
-        into.layers.append(LayerReport(None, name, *errors, (), perf_counter() - began, scheme.bits))
+        stored, seconds = solved.weight.scheme, perf_counter() - began
+        into.layers.append(LayerReport(None, name, *errors, (), seconds, stored.bits, stored.group_size))
 
     def inputs(self, names: list[str]) -> dict[str, Tensor]:
         """Second moments of the inputs of layers behind the blocks, which one pass of the examples reaches."""

@@ -1,7 +1,7 @@
 """Quantize a model block by block."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from time import perf_counter
@@ -30,6 +30,7 @@ from shrinkformer.quantize.grid import QuantizedWeight
 from shrinkformer.quantize.layer import quantize_weights
 from shrinkformer.quantize.observe import Fold, merged, observe
 from shrinkformer.quantize.outside import Outside, require_outside
+from shrinkformer.quantize.planned import require_formats
 from shrinkformer.quantize.resume import Finished, QuantizedBlocks
 from shrinkformer.quantize.scales import require_scales
 from shrinkformer.quantize.scheme import Scheme
@@ -45,6 +46,7 @@ def quantize_(
     config: QuantizeConfig | None = None,
     *,
     dense: PreTrainedModel | None = None,
+    formats: Sequence[str] = (),
     progress: Progress = iter,
     resources: Resources | None = None,
     store: QuantizedBlocks | None = None,
@@ -60,13 +62,14 @@ def quantize_(
         batches: Calibration examples: model inputs with an ``attention_mask``; labels are not needed.
         config: What is done.
         dense: The model whose outputs are aimed at, such as the one from before pruning; by default the model itself.
+        formats: What will be written; names of formats that cannot hold the layers are refused before anything is done.
         progress: Wraps the loop over the blocks, for a progress bar.
         resources: For several processes, and for hidden states that do not fit.
         store: Keeps finished blocks on disk, and gives back those of an interrupted run.
         objective: What the model predicts, by which errors of outputs are weighed; by default what its own head does.
 
     Raises:
-        InputError: A value of ``config`` does not fit the model.
+        InputError: A value of ``config`` does not fit the model, or a format does not hold it.
         UnsupportedModelError: There is no architecture record for the model, or it is quantized already.
         NumericalError: Weights, or what the model computes on the examples, are NaN or infinite, or become so.
         OutOfMemoryError: There is not enough memory even for one example at a time, or too little once the first block
@@ -80,6 +83,7 @@ def quantize_(
     if dense is None:
         require_groups(model, config)
     require_outside(model, config)
+    require_formats(model, config, formats)
     if config.recipe.look_ahead:
         warn_of_few_tokens(model, batches)
     began = perf_counter()
@@ -300,7 +304,10 @@ class BlockQuantizer:
             seconds = (perf_counter() - began) / len(linears)
             for (path, linear), one in zip(linears.items(), solved, strict=True):
                 aim, errors = aims[path], (one.error, one.nearest_error)
-                report = LayerReport(view.index, path, *errors, one.damping, aim.trust, seconds, scheme.bits)
+                stored = one.weight.scheme
+                report = LayerReport(
+                    view.index, path, *errors, one.damping, aim.trust, seconds, stored.bits, stored.group_size
+                )
                 bias = _bias(linear, one.weight, aim, whole) if centred and whole is not None else linear.bias
                 layer = Finished(path, one.weight, report, None if bias is None else bias.clone())
                 layer.put(linear)

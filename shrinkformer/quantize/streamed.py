@@ -19,13 +19,15 @@ from shrinkformer.prune.ranked import Ranked
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.shards import ShardWriter
+from shrinkformer.prune.side_files import add_side_files
 from shrinkformer.prune.statistics import Batches, Progress
 from shrinkformer.prune.streamed import add_tensors, block_prefix, outside_blocks, shard_bytes
-from shrinkformer.quantize.checkpoint import add_weights, finish_folder, require_format
+from shrinkformer.quantize.checkpoint import add_weights, finish_folder
 from shrinkformer.quantize.config import QuantizeConfig, Quantized
 from shrinkformer.quantize.final_norm import final_norm
 from shrinkformer.quantize.formats import FLOAT, FORMATS
 from shrinkformer.quantize.layout import Format
+from shrinkformer.quantize.planned import planned_layers, require_format
 from shrinkformer.quantize.quantizer import BlockQuantizer
 from shrinkformer.quantize.resume import QuantizedBlocks
 from shrinkformer.quantize.scheme import Scheme
@@ -62,6 +64,7 @@ def quantize_to_folder(
     pruning: tuple[Ranked, Budget] | None = None,
     decoded: Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    extras_from: Path | None = None,
     progress: Progress = iter,
     store: QuantizedBlocks | None = None,
 ) -> tuple[Quantized, Plan | None]:
@@ -80,6 +83,7 @@ def quantize_to_folder(
         pruning: What was learnt for pruning, and how much may stay; each block is pruned right before it is quantized.
         decoded: A folder for the same model as ordinary weights, to evaluate it block by block.
         tokenizer: Saved beside the model.
+        extras_from: Folder of the dense model, from which everything else beside its weights is copied.
         progress: Wraps the loop over the blocks, for a progress bar.
         store: Keeps finished blocks on disk, and gives back those of an interrupted run.
 
@@ -108,10 +112,13 @@ def quantize_to_folder(
             pruning=own,
             decoded=decoded,
             tokenizer=tokenizer,
+            extras_from=extras_from,
             progress=progress,
         )
 
     batches = padded_right(batches)
+    counts = None if pruning is None else pruning[0].allocate(pruning[1])
+    require_format(model, format, planned_layers(model, config, counts))
     if config.recipe.look_ahead:
         warn_of_few_tokens(model, batches)
     return learn_guarded(attempt, model, batches, resources)
@@ -129,6 +136,7 @@ def _quantize_to_folder(
     pruning: tuple[Ranked, Budget] | None,
     decoded: Path | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    extras_from: Path | None,
     progress: Progress,
 ) -> tuple[Quantized, Plan | None]:
     found, prefix, layers = Quantized({}, [], config), block_prefix(model), list[LayerPlan]()
@@ -149,7 +157,6 @@ def _quantize_to_folder(
                 for layer in run.quantize(view, layer_views(model)[view.index]):
                     found.weights[f"{prefix}{view.index}.{layer.path}"] = layer.weight
                     found.layers.append(layer.report)
-            require_format(model, format, found.weights)
             for sink in sinks:
                 sink.take(view, prefix, found)
             found.weights.clear()
@@ -161,7 +168,8 @@ def _quantize_to_folder(
                 sink.writer.finish()
                 where = folder if sink is sinks[0] else decoded
                 assert where is not None
-                finish_folder(where, model, own, sink.format, sink.schemes, plan=plan, tokenizer=tokenizer, dtype=dtype)
+                finish_folder(where, model, own, sink.format, sink.schemes, plan=plan, dtype=dtype)
+                add_side_files(where, model, source=extras_from, tokenizer=tokenizer)
     return found, plan
 
 
