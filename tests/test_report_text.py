@@ -13,6 +13,7 @@ import torch
 from shrinkformer.commands.latency_report import Cell, Row, text_table
 from shrinkformer.commands.report import Measured, Run
 from shrinkformer.efficiency.latency import Timing
+from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.pictures.columns import aligned, figure, ratio
 from shrinkformer.pictures.overview import overview, smallest_as_good
 from shrinkformer.pictures.runs import Figures, RunRecord
@@ -200,3 +201,23 @@ class TestOverview:
     def test_runs_of_several_tasks_are_not_compared(self) -> None:
         runs = [a_record(0.7, 0.0, 0.1), a_record(0.5, 0.0, 0.1, task_name="other")]
         assert smallest_as_good(runs) is None
+
+
+class TestErrorsThatSayNothing:
+    DENSE = (LayerSize(4, 16, 100),) * 2
+
+    @pytest.mark.parametrize(
+        ("tokens", "shown"), [(100, ["0.1000", "0.1000"]), (99, ["0.1000", "n/a"]), (63, ["n/a", "n/a"])]
+    )
+    def test_of_fits_to_fewer_tokens_than_columns(self, tokens: int, shown: list[str]) -> None:
+        run = a_run(dense_layers=self.DENSE, calibration_tokens=tokens)
+        assert cells(run.table(), "0  ")[3:] == shown
+        assert ("fewer tokens than columns" in run.table()) == ("n/a" in shown)
+        row = run.to_dict()["layers"][0]
+        assert [row[key] for key in ("attention_error", "ffn_error")] == [
+            None if each == "n/a" else 0.1 for each in shown
+        ]
+
+    def test_methods_that_fit_nothing_measure_what_they_report(self) -> None:
+        run = a_run(dense_layers=self.DENSE, calibration_tokens=3, plan=replace(a_plan(), method="magnitude"))
+        assert "n/a" not in run.table()

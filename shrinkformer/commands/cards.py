@@ -9,7 +9,7 @@ from typing import Any
 from shrinkformer.commands.card_metadata import metadata, pipeline_tag, results_of
 from shrinkformer.commands.onnx_card import without_onnx_section
 from shrinkformer.commands.report import Run
-from shrinkformer.commands.report_text import calibration_of
+from shrinkformer.commands.report_text import FEW_TOKENS, calibration_of
 from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.evaluate.paired import STDERR, names_of
 from shrinkformer.pictures.columns import figure
@@ -40,6 +40,7 @@ class Card:
         custom: Whether the sizes of the blocks need the classes in the folder.
         sentence_encoder: Whether sentence-transformers opens it.
         plan: What was kept, if the model was pruned.
+        errors: Of the sublayers of each block of the plan, None where they say nothing.
         quantized: What was done to the weights, if they were quantized.
         inherited: Of the YAML section of the dense model's card.
         public: Whether metrics are those of whole public evaluation splits.
@@ -53,6 +54,7 @@ class Card:
     custom: bool = True
     sentence_encoder: bool = False
     plan: Plan | None = None
+    errors: Sequence[tuple[float | None, float | None]] = ()
     quantized: Quantized | None = None
     inherited: Mapping[str, Any] = field(default_factory=dict)
     public: bool = False
@@ -64,7 +66,7 @@ class Card:
         if run is not None:
             parts += ["## Measured", _measured(run, self.folder), "## How it was made", _provenance(run)]
         if self.plan is not None:
-            parts += ["## What every layer keeps", _kept(self.plan)]
+            parts += ["## What every layer keeps", _kept(self.plan, self.errors)]
         if self.quantized is not None:
             parts += ["## What every quantized layer became", _quantized_layers(self.quantized)]
         return "\n\n".join(parts) + "\n"
@@ -205,7 +207,7 @@ def _provenance(run: Run) -> str:
     return _table(["", ""], list(rows.items()))
 
 
-def _kept(plan: Plan) -> str:
+def _kept(plan: Plan, errors: Sequence[tuple[float | None, float | None]]) -> str:
     narrow = any(layer.value_width for layer in plan.layers)
     widths = ["width of queries and keys", "of values"] if narrow else []
     rows = [
@@ -214,12 +216,12 @@ def _kept(plan: Plan) -> str:
             len(layer.heads),
             *([layer.query_width or "as before", layer.value_width or "as before"] if narrow else []),
             len(layer.neurons),
-            f"{layer.attention_error:.4f}",
-            f"{layer.ffn_error:.4f}",
+            *(figure(error) for error in errors[index]),
         ]
         for index, layer in enumerate(plan.layers)
     ]
-    return _table(["layer", "heads", *widths, "neurons", "attention error", "ffn error"], rows)
+    note = f"\n\n{FEW_TOKENS}." if any(None in pair for pair in errors) else ""
+    return _table(["layer", "heads", *widths, "neurons", "attention error", "ffn error"], rows) + note
 
 
 def _quantized_layers(found: Quantized) -> str:

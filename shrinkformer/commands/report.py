@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.efficiency.rounding import Rounding
 from shrinkformer.evaluate.paired import Scores, change
 from shrinkformer.pictures.run_page import report_page
+from shrinkformer.prune.columns import known_errors
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.quantize.config import Quantized
@@ -130,7 +131,7 @@ class Run:
                 "pruned": self.pruned.to_dict(),
                 "sequence_length": self.plan.sequence_length,
                 "budget": self.plan.budget,
-                "layers": _plan_rows(self.plan),
+                "layers": _plan_rows(self.plan, self.errors),
                 "dense_layers": [kept_sizes(size) for size in self.dense_layers],
                 **({"uniform": self.plan.uniform} if self.plan.uniform else {}),
                 **({"divergence": self.plan.prediction} if self.plan.prediction else {}),
@@ -166,22 +167,27 @@ class Run:
             "latency": last.latency_ms[largest] / self.dense.latency_ms[largest] if largest else None,
         }
 
+    @property
+    def errors(self) -> list[tuple[float | None, float | None]]:
+        """Errors of the sublayers of each pruned block, None where they say nothing."""
+        return [] if self.plan is None else known_errors(self.plan, self.dense_layers, self.calibration_tokens)
+
     def table(self) -> str:
         """The same for people."""
         return text_of(self)
 
 
-def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
+def _plan_rows(plan: Plan, errors: Sequence[tuple[float | None, float | None]]) -> list[dict[str, Any]]:
     return [
         {
             "layer": index,
             "heads": len(layer.heads),
             "neurons": len(layer.neurons),
             **({"query_width": layer.query_width, "value_width": layer.value_width} if layer.value_width else {}),
-            "attention_error": layer.attention_error,
-            "ffn_error": layer.ffn_error,
+            "attention_error": attention,
+            "ffn_error": ffn,
         }
-        for index, layer in enumerate(plan.layers)
+        for index, (layer, (attention, ffn)) in enumerate(zip(plan.layers, errors, strict=True))
     ]
 
 

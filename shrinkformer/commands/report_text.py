@@ -12,6 +12,8 @@ from shrinkformer.quantize.config import Quantized
 if TYPE_CHECKING:
     from shrinkformer.commands.report import Measured, Run
 
+FEW_TOKENS = "n/a: fitted to fewer tokens than columns, so the error on them says nothing"
+
 _SIZES = (("macs", "MACs (M)", 1e6), ("parameters", "parameters (M)", 1e6), ("bytes", "file size (MB)", 1e6))
 
 
@@ -21,7 +23,7 @@ def text_of(run: "Run") -> str:
     if run.quantized is not None and run.dense.latency_ms:
         lines.append(f"  {DECODED}")
     if run.plan is not None:
-        lines += ["", *_plan_lines(run.plan)]
+        lines += ["", *_plan_lines(run.plan, run.errors)]
     if run.quantization is not None:
         lines += ["", *_quantized_lines(run.quantization)]
     if run.rounding is not None:
@@ -89,16 +91,18 @@ def with_error(metrics: Mapping[str, float], name: str, sign: str = "") -> str:
     return figure(metrics.get(name), sign=sign) + ("" if error is None else f" ±{figure(error)}")
 
 
-def _plan_lines(plan: Plan) -> list[str]:
+def _plan_lines(plan: Plan, known: Sequence[tuple[float | None, float | None]]) -> list[str]:
     """What each block keeps; the widths of queries and keys, and of values, where some became narrower."""
     narrow = any(layer.value_width for layer in plan.layers)
     titles = ["q, k", "v"] if narrow else []
     rows: list[list[object]] = [["layer", "heads", *titles, "neurons", "attention error", "ffn error"]]
     for index, layer in enumerate(plan.layers):
         widths = [layer.query_width or "", layer.value_width or ""] if narrow else []
-        errors = [figure(layer.attention_error), figure(layer.ffn_error)]
+        errors = [figure(error) for error in known[index]]
         rows.append([index, len(layer.heads), *widths, len(layer.neurons), *errors])
     lines = _indented(aligned(rows, left=()))
+    if any(None in errors for errors in known):
+        lines.append(f"  {FEW_TOKENS}")
     if plan.prediction:
         predicted, measured = plan.prediction["predicted"], plan.prediction["measured"]
         lines.append(f"  divergence on examples set aside {measured:.5f}; predicted {predicted:.5f}")

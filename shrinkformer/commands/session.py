@@ -26,9 +26,11 @@ from shrinkformer.evaluate.paired import Scores
 from shrinkformer.export.runtime import OnnxModel
 from shrinkformer.prune.budget import Budget, layer_sizes
 from shrinkformer.prune.checkpoint import stock_class
+from shrinkformer.prune.columns import known_errors
 from shrinkformer.prune.dependencies import DENSE, RUN
 from shrinkformer.prune.ledger import Ledger
 from shrinkformer.prune.objective import Objective
+from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import Calibrated
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.statistics import Batches
@@ -118,12 +120,13 @@ class Session:
         """Folder with the dense model's card and what sentence-transformers needs, where it can be had."""
         return side_folder(self.job.source)
 
-    def card(self, folder: Path, title: str, **found: Any) -> str:
+    def card(self, folder: Path, title: str, plan: Plan | None, **found: Any) -> str:
         """The model card of a folder for now; it gets figures once there are some.
 
         Args:
             folder: Of a checkpoint.
             title: First line of the card.
+            plan: What was kept, if the model was pruned.
             **found: Fields of :class:`~shrinkformer.commands.cards.Card`: what a step did.
         """
         job = self.job
@@ -135,9 +138,16 @@ class Session:
             sentence_encoder=job.sentence_encoder,
             inherited=inherited(job.source, self.side_folder),
             public=job.public,
+            plan=plan,
+            errors=() if plan is None else known_errors(plan, layer_sizes(layer_views(self.model)), self.tokens),
             **found,
         )
         return self.cards[folder].text()
+
+    @property
+    def tokens(self) -> int:
+        """Of the calibration examples."""
+        return count_tokens(self.job.batches)
 
     @property
     def ledger(self) -> Ledger:
@@ -154,7 +164,7 @@ class Session:
             mu=found.pop("mu", budget.mu),
             seed=options.seed,
             sample_batch_size=options.sample_batch_size if job.batches else 0,
-            calibration_tokens=count_tokens(job.batches),
+            calibration_tokens=self.tokens,
             device=job.device,
             seconds=seconds | {"total": sum(seconds.values())},
             peak_memory_bytes=peak_memory_bytes(job.device),

@@ -9,8 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
+from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.errors import ShrinkformerWarning
+from shrinkformer.prune.methods import is_fitted
 from shrinkformer.prune.moments import Moments
+from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.stream import count_tokens
 
 MANY = 0.5
@@ -42,6 +45,30 @@ def warn_of_few_tokens(model: PreTrainedModel, batches: Sequence[Mapping[str, Te
             ShrinkformerWarning,
             stacklevel=3,
         )
+
+
+def known_errors(plan: Plan, dense: Sequence[LayerSize], tokens: int) -> list[tuple[float | None, float | None]]:
+    """Errors of the attention and the feed-forward sublayer of each block, as far as they say anything.
+
+    A fit to fewer tokens than it has columns meets them whatever it leaves out: its error on them is near 0, and no
+    estimate of any other. Those are None.
+
+    Args:
+        plan: What was pruned; methods that fit nothing measure what they report.
+        dense: Sizes of each block before pruning; empty where they are not known, and all errors are believed.
+        tokens: Of the examples that the plan was made from.
+    """
+    fitted = is_fitted(plan.method) and len(dense) == len(plan.layers)
+    found: list[tuple[float | None, float | None]] = []
+    for index, layer in enumerate(plan.layers):
+        columns = (0, 0)
+        if fitted:
+            size = dense[index]
+            columns = (size.heads * size.queries * size.value_width, size.neurons)
+        errors = (layer.attention_error, layer.ffn_error)
+        attention, ffn = (error if tokens >= wide else None for error, wide in zip(errors, columns, strict=True))
+        found.append((attention, ffn))
+    return found
 
 
 @dataclass
