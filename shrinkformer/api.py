@@ -23,6 +23,7 @@ from shrinkformer.dataset.loading import evaluation_splits, load_split
 from shrinkformer.dataset.tasks import TASKS, get_task
 from shrinkformer.errors import InputError
 from shrinkformer.evaluate.evaluation import evaluate_model
+from shrinkformer.evaluate.labels import warn_below_chance
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.names import DEFAULT_METHOD, require_method
@@ -192,7 +193,9 @@ def evaluate(
         )
         for split in evaluation_splits(chosen, folder, bundled_data)
     }
-    return evaluate_model(model, tokenizer, chosen, splits, batch_size=batch_size, device=device).metrics
+    metrics = evaluate_model(model, tokenizer, chosen, splits, batch_size=batch_size, device=device).metrics
+    warn_below_chance(chosen, metrics, model.config)
+    return metrics
 
 
 class PruneCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not checked

@@ -22,7 +22,7 @@ from transformers import (
 from shrinkformer.dataset.encoding import Encoded, Window, encode
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.errors import CheckpointError, DataError, NumericalError
-from shrinkformer.evaluate.evaluation import evaluate_model, label_columns
+from shrinkformer.evaluate.evaluation import evaluate_model
 from shrinkformer.utils.parallel import Workers
 
 WORDS = [f"w{index}" for index in range(40)]
@@ -164,14 +164,6 @@ class TestByHand:
         result = evaluate_model(model, tokenizer, get_task("mnli"), {"validation_matched": data}, keep_logits=True)
         assert result.metrics["accuracy"] == 1.0
         np.testing.assert_array_equal(result.logits["validation_matched"], np.eye(3))
-
-    def test_names_that_do_not_fit_say_nothing(self):
-        mnli, sst2 = get_task("mnli"), get_task("sst2")
-        assert label_columns(sst2, SimpleNamespace(label2id={"POSITIVE": 0, "NEGATIVE": 1})) == [1, 0]
-        assert label_columns(sst2, SimpleNamespace(label2id={"good": 0, "bad": 1})) is None
-        assert label_columns(mnli, SimpleNamespace(label2id={"entailment": 0, "neutral": 1})) is None
-        assert label_columns(mnli, SimpleNamespace(label2id=None)) is None
-        assert label_columns(get_task("stsb"), None) is None
 
     def test_regression(self, tokenizer):
         labels = [0.0, 2.0, 1.0, 5.0, 4.0]

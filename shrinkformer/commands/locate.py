@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -25,6 +25,7 @@ from shrinkformer.architectures import DECODERS
 from shrinkformer.commands.options import BUNDLED_DECODER, BUNDLED_MODEL
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelError
+from shrinkformer.evaluate.labels import label_columns
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.checkpoint import auto_class
 from shrinkformer.prune.lazy import load_lazily
@@ -36,6 +37,9 @@ from shrinkformer.quantize.checkpoint import load
 from shrinkformer.trust.foreign import foreign_errors, reason_of
 from shrinkformer.trust.tokenizers import require_known_tokens, require_sane, require_tokenizer_files
 from shrinkformer.trust.weights import WEIGHT_FILES
+
+if TYPE_CHECKING:
+    import datasets
 
 MODELS_DIR = Path("models")
 
@@ -335,6 +339,22 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise InputError(f"--model_name {source.name}: {error}") from None
     checked: PreTrainedTokenizerBase = tokenizer
     return checked
+
+
+def require_label_names(source: Source, task: Task, data: Iterable["datasets.Dataset | None"]) -> None:
+    """Check that the outputs of a classifier can be matched with the labels of some data.
+
+    Raises:
+        InputError: They cannot.
+
+    Warns:
+        ShrinkformerWarning: Their names differ.
+    """
+    try:
+        for examples in data:
+            label_columns(task, source.config, examples)
+    except CheckpointError as error:
+        raise InputError(f"--model_name {source.name}: {error}") from None
 
 
 def require_fitting_tokens(source: Source, groups: Iterable[Iterable[Mapping[str, Any]]]) -> None:

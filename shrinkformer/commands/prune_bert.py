@@ -16,6 +16,7 @@ from shrinkformer.commands.locate import (
     load_tokenizer,
     model_class,
     require_fitting_tokens,
+    require_label_names,
 )
 from shrinkformer.commands.main import prune_bert as main
 from shrinkformer.commands.options import EncoderOptions, resolve_device
@@ -58,6 +59,7 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
     objective = embeddings_of(source) if task.kind == "similarity" else None
     tokenizer = load_tokenizer(source)
     calibration, evaluation = read_data(options, task, source, tokenizer)
+    require_label_names(source, task, [split.examples for split in evaluation.values()])
     require_fitting_tokens(source, [calibration.features, *(split.features for split in evaluation.values())])
     batches = [batch for _, batch in padded_batches(calibration.features, tokenizer, options.batch_size)]
     some = calibration.features or next(iter(evaluation.values())).features

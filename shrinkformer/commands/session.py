@@ -18,10 +18,12 @@ from shrinkformer.commands.console import say
 from shrinkformer.commands.locate import Source
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.report import Measured, Run
+from shrinkformer.dataset.tasks import TASKS, get_task
 from shrinkformer.efficiency.macs import model_macs
 from shrinkformer.efficiency.rounding import Rounding
 from shrinkformer.efficiency.size import checkpoint_bytes, count_parameters, folder_bytes, peak_memory_bytes
 from shrinkformer.errors import InputError
+from shrinkformer.evaluate.labels import warn_below_chance
 from shrinkformer.evaluate.paired import Scores
 from shrinkformer.export.runtime import OnnxModel
 from shrinkformer.prune.budget import Budget, layer_sizes
@@ -209,6 +211,9 @@ def measure_dense(session: Session) -> Measured:
 
     Raises:
         InputError: What an interrupted run left are no figures.
+
+    Warns:
+        ShrinkformerWarning: It is worse than guessing.
     """
     evaluate, model, resources = session.job.evaluate, session.model, session.resources
     found = session.ledger.values.value(DENSE.names, lambda: evaluate(model, resources).to_json())
@@ -216,6 +221,8 @@ def measure_dense(session: Session) -> Measured:
         scores = Scores.from_json(found)
     except ValueError as error:
         raise InputError(f"--resume: {session.ledger.folder}: {error}; leave --resume out to start anew.") from None
+    if session.job.task_name in TASKS:
+        warn_below_chance(get_task(session.job.task_name), scores.metrics, model.config)
     return _sizes(session, model, scores, Path(session.job.source.location))
 
 

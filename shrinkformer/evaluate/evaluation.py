@@ -14,6 +14,7 @@ from shrinkformer.dataset.encoding import Encoded, Features, padded_batches
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, DataError, NumericalError
 from shrinkformer.evaluate.answers import extract_answers
+from shrinkformer.evaluate.labels import label_columns
 from shrinkformer.evaluate.paired import Scores
 from shrinkformer.evaluate.scores import count_examples, require_labels, score_answers, score_labels
 from shrinkformer.prune.objective import Objective, objective_of
@@ -25,17 +26,6 @@ from shrinkformer.utils.parallel import ALONE, Workers
 from shrinkformer.utils.progress import counted
 
 Array = NDArray[np.float32]
-
-_LABEL_NAMES = {
-    "mnli": ("entailment", "neutral", "contradiction"),
-    "qnli": ("entailment", "not_entailment"),
-    "rte": ("entailment", "not_entailment"),
-    "sst2": ("negative", "positive"),
-    "mrpc": ("not_equivalent", "equivalent"),
-    "qqp": ("not_duplicate", "duplicate"),
-    "cola": ("unacceptable", "acceptable"),
-}
-"""Class names of GLUE in the order of its label numbers (the ``ClassLabel`` of nyu-mll/glue)."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +90,12 @@ def evaluate_model(
 
     Raises:
         DataError: no split, fewer than two examples, or no labels.
-        CheckpointError: the number of outputs does not fit the task.
+        CheckpointError: the number of outputs, or their names, do not fit the task.
         NumericalError: the model produced NaN or infinity.
         OutOfMemoryError: there is not enough memory even for one example at a time.
 
     Warns:
-        ShrinkformerWarning: a batch did not fit into memory and was halved.
+        ShrinkformerWarning: a batch did not fit into memory and was halved; names of outputs are not those of the data.
     """
     if not splits:
         raise DataError(f"task {task.name}: no evaluation split was given; it has {', '.join(task.evaluation_splits)}")
@@ -115,6 +105,7 @@ def evaluate_model(
     examples = 0
     for split, encoded in splits.items():
         require_labels(task, split, encoded)
+        label_columns(task, getattr(model, "config", None), encoded.examples)  # complains before minutes have passed
     if task.kind == "similarity":
         objective = objective or objective_of(model)
     head = MEAN if objective is None else objective.sentence
@@ -168,7 +159,7 @@ def _evaluate_split(
     if task.kind == "similarity":
         output = head.compare(*np.split(output, 2))[:, None]
     else:
-        output = _in_task_order(model, task, output)
+        output = _in_task_order(model, task, encoded, output)
     predictions = output.argmax(axis=1) if task.kind == "classification" else output[:, 0].astype(np.float64)
     return score_labels(task, predictions, encoded.labels or []), output
 
@@ -215,34 +206,15 @@ def _read(output: Any, mask: torch.Tensor, task: Task, head: SentenceHead) -> to
     return head.embed(output.last_hidden_state, mask)
 
 
-def _in_task_order(model: nn.Module, task: Task, logits: Array) -> Array:
-    """Check the number of columns and bring them into GLUE's order where the checkpoint names its classes."""
+def _in_task_order(model: nn.Module, task: Task, encoded: Encoded, logits: Array) -> Array:
+    """Check the number of columns and bring them into the data's order where the checkpoint names its classes."""
     if logits.shape[1:] != (task.num_labels,):
         raise CheckpointError(
             f"task {task.name} has {task.num_labels} labels, the model gives outputs of shape {logits.shape[1:]}; "
             "use a checkpoint that was fine-tuned for this task"
         )
-    columns = label_columns(task, getattr(model, "config", None))
+    columns = label_columns(task, getattr(model, "config", None), encoded.examples)
     return logits if columns is None else logits[:, columns]
-
-
-def label_columns(task: Task, config: Any) -> list[int] | None:
-    """Which output of a classifier stands for each of GLUE's labels.
-
-    Args:
-        task: the task.
-        config: the model's configuration; its ``label2id`` is used when it names exactly GLUE's classes, whatever
-            their case (``LABEL_0`` and the like say nothing).
-
-    Returns:
-        One output index per GLUE label, or None when the outputs are taken as they are.
-    """
-    names = _LABEL_NAMES.get(task.name, ())
-    label2id = getattr(config, "label2id", None) or {}
-    numbers = {str(name).lower().replace("-", "_").replace(" ", "_"): int(value) for name, value in label2id.items()}
-    if not names or set(numbers) != set(names) or sorted(numbers.values()) != list(range(len(names))):
-        return None
-    return [numbers[name] for name in names]
 
 
 def _judge_answers(tokenizer: Any, task: Task, encoded: Encoded, logits: Array) -> tuple[Scores, Array]:
