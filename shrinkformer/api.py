@@ -5,16 +5,14 @@
 >>> evaluate(model, tokenizer, "qqp")                   # doctest: +SKIP
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from shrinkformer.architectures.limits import max_positions
+from shrinkformer.architectures.wrapped import unwrap
 from shrinkformer.commands.prune_opt import LONGEST
 from shrinkformer.dataset.corpora import evaluation_windows
 from shrinkformer.dataset.corpus import CORPORA
@@ -29,8 +27,9 @@ from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.names import DEFAULT_METHOD, require_method
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import calibrate
+from shrinkformer.prune.received import receive
 from shrinkformer.prune.shrink_config import ShrinkConfig
-from shrinkformer.prune.stream import count_tokens
+from shrinkformer.prune.stream import mean_length
 from shrinkformer.quantize.checkpoint import load
 from shrinkformer.quantize.quantizer import quantize_
 
@@ -75,22 +74,24 @@ class PruneConfig:
         return Budget(self.mu, sequence_length, self.round_to, self.min_heads, self.min_neurons)
 
 
-def prune_(model: PreTrainedModel, calibration: Iterable[Mapping[str, Any]], config: PruneConfig | None = None) -> Plan:
+def prune_(model: Any, calibration: Any, config: PruneConfig | None = None, *, tokenizer: Any = None) -> Plan:
     """Prune a model in place: whoever holds it, holds the smaller one afterwards.
 
     Args:
-        model: Any model with an architecture record, wherever it came from and whatever holds it. Its modules are
+        model: Any model with an architecture record, wherever it came from and whatever holds it: a
+            ``SentenceTransformer``, ``CrossEncoder``, pipeline or ``DistributedDataParallel``, too. Its modules are
             replaced, so references to its layers or parameters, such as those of an optimizer, are out of date
             afterwards. Its training mode stays.
-        calibration: Batches of model inputs, such as a DataLoader with a padding collator: ``input_ids`` and, where
-            something is padded, ``attention_mask``, ``(batch, length)``. Labels and other columns are ignored.
+        calibration: Examples in any form that :func:`~shrinkformer.dataset.batches.as_batches` reads: a DataLoader, a
+            data set, lists of token ids, texts. Labels and other columns are not looked at.
         config: What is done.
+        tokenizer: For examples that are texts; by default the one that a wrapper brings.
 
     Returns:
         What was kept. ``shrinkformer.save(model, folder, plan=plan)`` writes the model.
 
     Raises:
-        InputError: The batches hold no model inputs.
+        InputError: Model or examples cannot be used; it says what to pass.
         UnsupportedModelError: There is no architecture record for the model.
         BudgetError: The budget is below what every block must keep.
         NumericalError: The model computes NaN or infinity on the examples.
@@ -102,55 +103,20 @@ def prune_(model: PreTrainedModel, calibration: Iterable[Mapping[str, Any]], con
         0.4997
     """
     config = config or PruneConfig()
-    batches = take_examples(calibration, config.examples)
-    length = config.sequence_length or count_tokens(batches) / sum(len(batch["input_ids"]) for batch in batches)
-    training = model.training
-    calibrated = calibrate(model, batches, method=config.method, seed=config.seed, config=config.shrink)
+    given = receive(model, calibration, tokenizer=tokenizer, most=config.examples)
+    inner, length = given.model, config.sequence_length or mean_length(given.batches)
+    training = inner.training
+    calibrated = calibrate(
+        inner, given.batches, method=config.method, seed=config.seed, config=config.shrink, objective=given.objective
+    )
     pruned = calibrated.prune(config.budget(length))
-    model.__dict__ = vars(pruned.model)
-    model.train(training)
+    inner.__dict__ = vars(pruned.model)
+    inner.train(training)
     return pruned.plan
 
 
-def take_examples(calibration: Iterable[Mapping[str, Any]], most: int) -> list[dict[str, Tensor]]:
-    """The first examples of a loader, without labels.
-
-    Args:
-        calibration: Batches of model inputs.
-        most: Examples to take at most.
-
-    Raises:
-        InputError: A batch holds no model inputs, or there is none.
-    """
-    batches: list[dict[str, Tensor]] = []
-    taken = 0
-    for batch in calibration:
-        inputs = _model_inputs(batch, most - taken)
-        batches.append(inputs)
-        taken += len(inputs["input_ids"])
-        if taken >= most:
-            break
-    if not taken:
-        raise InputError("the calibration data is empty; give a few hundred examples, without labels")
-    return batches
-
-
-def _model_inputs(batch: Mapping[str, Any], most: int) -> dict[str, Tensor]:
-    """Tensors of one value per token."""
-    ids = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else None
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        found = f"input_ids of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else "no tensor input_ids"
-        raise InputError(
-            f"a calibration batch has {found}; give batches of (batch, length), such as DataLoader(dataset, "
-            "batch_size=32, collate_fn=DataCollatorWithPadding(tokenizer))"
-        )
-    same = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.shape == ids.shape}
-    inputs = {"attention_mask": torch.ones_like(ids), **same}
-    return {name: value[:most] for name, value in inputs.items() if name != "labels"}
-
-
 def evaluate(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: Any,
     task: str,
     *,
@@ -161,7 +127,7 @@ def evaluate(
     """Measure a model on a task or, of a language model, its perplexity on a corpus.
 
     Args:
-        model: With the head of the task. Where it is, it is evaluated.
+        model: With the head of the task, or a wrapper around one. Where it is, it is evaluated.
         tokenizer: Of the model.
         task: A task of GLUE, ``squad``, ``squad_v2`` or ``similarity``; or a corpus: ``wikitext2``, ``ptb-new``,
             ``c4-new``.
@@ -177,7 +143,7 @@ def evaluate(
         DataError: The data is missing.
         CheckpointError: The model's head does not fit the task.
     """
-    folder = None if data_dir is None else Path(data_dir)
+    model, folder = unwrap(model).model, None if data_dir is None else Path(data_dir)
     device, longest = next(model.parameters()).device, max_positions(model.config)
     if task in CORPORA:
         length = min(LONGEST, longest, int(tokenizer.model_max_length))
@@ -203,20 +169,20 @@ class PruneCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
 
     Args:
         config: How.
-        calibration: Batches of model inputs; by default those of the training data.
+        calibration: Examples in any form, as for :func:`prune_`; by default those of the training data.
 
     Attributes:
         plan: What was kept, once training is over. Pass it to ``shrinkformer.save``, whose folder loads anywhere.
     """
 
-    def __init__(self, config: PruneConfig | None = None, calibration: Iterable[Mapping[str, Any]] | None = None):
+    def __init__(self, config: PruneConfig | None = None, calibration: Any = None):
         self._config, self._calibration = config or PruneConfig(), calibration
         self.plan: Plan | None = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer after the best checkpoint was loaded, where that was asked for."""
         examples = kwargs["train_dataloader"] if self._calibration is None else self._calibration
-        self.plan = prune_(kwargs["model"], examples, self._config)
+        self.plan = prune_(kwargs["model"], examples, self._config, tokenizer=kwargs.get("processing_class"))
 
 
-__all__ = ["PruneCallback", "PruneConfig", "evaluate", "load", "prune_", "quantize_", "take_examples"]
+__all__ = ["PruneCallback", "PruneConfig", "evaluate", "load", "prune_", "quantize_"]

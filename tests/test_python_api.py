@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 import shrinkformer
-from shrinkformer.api import PruneCallback, PruneConfig, evaluate, prune_, take_examples
+from shrinkformer.api import PruneCallback, PruneConfig, evaluate, prune_
+from shrinkformer.dataset.batches import as_batches
 from shrinkformer.errors import InputError
 from tests import dataset_fixtures as made
 from tests.conftest import build_model, build_tokenizer
@@ -56,7 +57,7 @@ class TestPruneInPlace:
 
     def test_same_as_prune_model(self) -> None:
         model, same = build_model(vocab_size=WORDS), build_model(vocab_size=WORDS)
-        batches = take_examples(loader(), 512)
+        batches = as_batches(loader(), model)
         plan = prune_(model, loader(), STAT)
         wanted = shrinkformer.prune_model(same, batches, mu=0.5, method="stat")
         assert plan == wanted.plan
@@ -79,34 +80,6 @@ class TestPruneInPlace:
         first = prune_(model, loader(), STAT)
         second = prune_(model, loader(), STAT)
         assert second.macs <= 0.5 * first.macs
-
-
-class TestExamples:
-    def test_as_many_as_asked_and_no_labels(self) -> None:
-        taken = take_examples(loader(), 20)
-        assert [len(batch["input_ids"]) for batch in taken] == [16, 4]
-        assert set(taken[0]) == {"input_ids", "attention_mask", "token_type_ids"}
-
-    def test_without_a_mask_everything_counts(self) -> None:
-        ids = torch.ones(2, 5, dtype=torch.int64)
-        assert take_examples([{"input_ids": ids}], 9)[0]["attention_mask"].sum() == 10
-
-    def test_labels_of_the_shape_of_tokens_are_left_out(self) -> None:
-        ids = torch.ones(2, 5, dtype=torch.int64)
-        assert "labels" not in take_examples([{"input_ids": ids, "labels": ids}], 9)[0]
-
-    @pytest.mark.parametrize(
-        ("batches", "message"),
-        [
-            ([], "calibration data is empty"),
-            ([{"text": ["a"]}], "no tensor input_ids; give batches"),
-            (["a text"], "no tensor input_ids"),
-            ([{"input_ids": torch.ones(5)}], r"input_ids of shape \(5,\); give batches of \(batch, length\)"),
-        ],
-    )
-    def test_clear_errors(self, batches: list[Any], message: str) -> None:
-        with pytest.raises(InputError, match=message):
-            take_examples(batches, 4)
 
 
 @pytest.mark.parametrize(

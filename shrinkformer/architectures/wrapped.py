@@ -16,7 +16,8 @@ class Inside:
     Attributes:
         model: The transformer with its head; changing it in place changes what the wrapper computes.
         tokenizer: That the wrapper brings, or None.
-        wrapper: What was unwrapped: a ``SentenceTransformer`` knows how its embeddings are made of hidden states.
+        wrapper: The ``SentenceTransformer`` or ``CrossEncoder`` around it, which knows what is made of its outputs;
+            None where there was none.
     """
 
     model: PreTrainedModel
@@ -35,7 +36,7 @@ def unwrap(model: Any) -> Inside:
         InputError: There is none, several, or one whose weights are not its own (adapters, shards); it says what to
             pass.
     """
-    inner, tokenizer = model, None
+    inner, tokenizer, wrapper = model, None, None
     while not isinstance(inner, PreTrainedModel) or _is_peft(inner):
         if _is_peft(inner):
             raise InputError(
@@ -49,11 +50,12 @@ def unwrap(model: Any) -> Inside:
         elif isinstance(inner, Pipeline):
             inner, tokenizer = inner.model, inner.tokenizer
         elif _is_from(inner, "sentence_transformers"):
-            tokenizer, inner = getattr(inner, "tokenizer", None), _only_transformer(inner)
+            tokenizer, wrapper = getattr(inner, "tokenizer", None), inner
+            inner = _only_transformer(inner)
         else:
             raise InputError(_no_transformer(inner))
     _require_own_weights(inner)
-    return Inside(inner, tokenizer, None if inner is model else model)
+    return Inside(inner, tokenizer, wrapper)
 
 
 def _is_from(value: Any, package: str) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
@@ -15,13 +15,13 @@ from shrinkformer.prune.methods import is_fitted
 from shrinkformer.prune.names import DEFAULT_METHOD, KPRUNE, KWON, SHRINK, require_method
 from shrinkformer.prune.objective import Objective
 from shrinkformer.prune.ranked import rank_units
+from shrinkformer.prune.received import receive
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned
 from shrinkformer.prune.shrink import learn
 from shrinkformer.prune.shrink_config import ShrinkConfig
-from shrinkformer.prune.statistics import Batches, Progress
-from shrinkformer.prune.stream import count_tokens
-from shrinkformer.utils.inputs import padded_right
+from shrinkformer.prune.statistics import Progress
+from shrinkformer.prune.stream import mean_length
 
 
 class Calibrated(Protocol):
@@ -44,8 +44,8 @@ class Calibrated(Protocol):
 
 
 def calibrate(
-    model: PreTrainedModel,
-    batches: Batches,
+    model: Any,
+    batches: Any,
     *,
     method: str = DEFAULT_METHOD,
     seed: int = 0,
@@ -53,12 +53,15 @@ def calibrate(
     resources: Resources | None = None,
     config: ShrinkConfig | None = None,
     objective: Objective | None = None,
+    tokenizer: Any = None,
 ) -> Calibrated:
     """Learn everything about a model that pruning it to any budget needs.
 
     Args:
-        model: Any model with an architecture record, in any floating-point type.
-        batches: Model inputs with an ``attention_mask``; labels are not needed.
+        model: Any model with an architecture record, in any floating-point type, or a wrapper around one
+            (:func:`~shrinkformer.architectures.wrapped.unwrap`).
+        batches: Calibration examples in any form that :func:`~shrinkformer.dataset.batches.as_batches` reads; no labels
+            are needed.
         method: Name of a pruning method, one of ``METHOD_NAMES``.
         seed: Seed of what is drawn at random.
         progress: Wraps the loop over the blocks, for a progress bar.
@@ -66,9 +69,10 @@ def calibrate(
         config: Choices of the method ``shrink``; other methods ignore it.
         objective: What the model predicts; by default what its own head does, see
             :func:`~shrinkformer.prune.objective.objective_of`. Methods that look at layers alone ignore it.
+        tokenizer: For examples that are texts.
 
     Raises:
-        InputError: The method is not known.
+        InputError: The method is not known, or model or examples cannot be used; it says what to pass.
         UnsupportedModelError: There is no architecture record for the model.
         NumericalError: Weights, or what the model computes on the examples, are NaN or infinite; it says where.
         OutOfMemoryError: There is not enough memory even for one example at a time.
@@ -77,7 +81,8 @@ def calibrate(
         ShrinkformerWarning: There are fewer tokens than columns, columns are dead or huge, or batches had to be halved.
     """
     require_method(method)
-    batches = padded_right(batches)
+    given = receive(model, batches, tokenizer=tokenizer, objective=objective)
+    model, batches, objective = given.model, given.batches, given.objective
     learners: dict[str, Callable[..., Calibrated]] = {
         SHRINK: partial(learn, config=config, objective=objective),
         KWON: partial(learn_kwon, objective=objective),
@@ -92,8 +97,8 @@ def calibrate(
 
 
 def prune_model(
-    model: PreTrainedModel,
-    batches: Batches,
+    model: Any,
+    batches: Any,
     *,
     mu: float,
     method: str = DEFAULT_METHOD,
@@ -103,12 +108,14 @@ def prune_model(
     uniform: bool = False,
     config: ShrinkConfig | None = None,
     objective: Objective | None = None,
+    tokenizer: Any = None,
 ) -> Pruned:
     """A smaller copy of a model, in one call.
 
     Args:
-        model: Any model with an architecture record, in float32 or float64.
-        batches: Calibration examples: model inputs with an ``attention_mask``; labels are not needed.
+        model: Any model with an architecture record, in float32 or float64, or a wrapper around one; the copy is one of
+            the model inside.
+        batches: Calibration examples in any form, as for :func:`calibrate`.
         mu: Fraction of the MACs that stays, in (0, 1].
         method: Name of a pruning method, one of ``METHOD_NAMES``.
         seed: Seed of random methods.
@@ -118,13 +125,17 @@ def prune_model(
             model and loads without code of ours.
         config: Choices of the method ``shrink``.
         objective: What the model predicts; by default what its own head does.
+        tokenizer: For examples that are texts.
 
     Raises:
-        InputError: An argument is out of its range.
+        InputError: An argument is out of its range, or model or examples cannot be used.
         BudgetError: The budget is below what every block must keep.
     """
-    if sequence_length is None:
-        sequence_length = count_tokens(batches) / sum(len(batch["attention_mask"]) for batch in batches)
-    budget = Budget(mu, sequence_length, round_to, uniform=uniform)
     require_method(method, uniform=uniform)
-    return calibrate(model, batches, method=method, seed=seed, config=config, objective=objective).prune(budget)
+    given = receive(model, batches, tokenizer=tokenizer, objective=objective)
+    length = mean_length(given.batches) if sequence_length is None else sequence_length
+    budget = Budget(mu, length, round_to, uniform=uniform)
+    calibrated = calibrate(
+        given.model, given.batches, method=method, seed=seed, config=config, objective=given.objective
+    )
+    return calibrated.prune(budget)

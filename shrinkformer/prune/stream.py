@@ -206,6 +206,12 @@ def token_rows(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor.reshape(*mask.shape, tensor.shape[-1])[mask]
 
 
+def mean_length(batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """Mean number of tokens of a row, padding excluded."""
+    masks = [token_mask(batch) for batch in batches]
+    return sum(int(mask.sum()) for mask in masks) / sum(map(len, masks))
+
+
 def count_tokens(batches: Iterable[Mapping[str, Tensor]]) -> int:
     """Number of tokens in model inputs, padding excluded."""
     return sum(int(batch["attention_mask"].sum()) for batch in batches)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from shrinkformer.prune.guarded import learn_guarded
 from shrinkformer.prune.health import require_finite_outputs
 from shrinkformer.prune.objective import Objective, objective_of
 from shrinkformer.prune.passes import BlockPasses, DensePass
+from shrinkformer.prune.received import receive
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.sites import Site, block_sites
 from shrinkformer.prune.statistics import Batches, Progress
@@ -36,13 +38,12 @@ from shrinkformer.quantize.scales import require_scales
 from shrinkformer.quantize.scheme import Scheme
 from shrinkformer.quantize.solver import Hessian
 from shrinkformer.quantize.target import Target, correct
-from shrinkformer.utils.inputs import padded_right
 from shrinkformer.utils.precision import half_precision
 
 
 def quantize_(
-    model: PreTrainedModel,
-    batches: Batches,
+    model: Any,
+    batches: Any,
     config: QuantizeConfig | None = None,
     *,
     dense: PreTrainedModel | None = None,
@@ -51,6 +52,7 @@ def quantize_(
     resources: Resources | None = None,
     store: QuantizedBlocks | None = None,
     objective: Objective | None = None,
+    tokenizer: Any = None,
 ) -> Quantized:
     """Quantize the linear layers of a model's blocks, in place.
 
@@ -58,8 +60,9 @@ def quantize_(
     writes the integers.
 
     Args:
-        model: Any model with an architecture record, dense or pruned; changed.
-        batches: Calibration examples: model inputs with an ``attention_mask``; labels are not needed.
+        model: Any model with an architecture record, dense or pruned, or a wrapper around one; changed.
+        batches: Calibration examples in any form that :func:`~shrinkformer.dataset.batches.as_batches` reads; no labels
+            are needed.
         config: What is done.
         dense: The model whose outputs are aimed at, such as the one from before pruning; by default the model itself.
         formats: What will be written; names of formats that cannot hold the layers are refused before anything is done.
@@ -67,6 +70,7 @@ def quantize_(
         resources: For several processes, and for hidden states that do not fit.
         store: Keeps finished blocks on disk, and gives back those of an interrupted run.
         objective: What the model predicts, by which errors of outputs are weighed; by default what its own head does.
+        tokenizer: For examples that are texts.
 
     Raises:
         InputError: A value of ``config`` does not fit the model, or a format does not hold it.
@@ -79,7 +83,9 @@ def quantize_(
         ShrinkformerWarning: There are fewer tokens than columns, columns are dead or huge, scales are too small for
             their type, or batches had to be halved.
     """
-    config, resources, batches = config or QuantizeConfig(), resources or Resources(), padded_right(batches)
+    config, resources = config or QuantizeConfig(), resources or Resources()
+    given = receive(model, batches, tokenizer=tokenizer, objective=objective)
+    model, batches, objective = given.model, given.batches, given.objective
     if dense is None:
         require_groups(model, config)
     require_outside(model, config)
