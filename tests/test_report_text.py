@@ -98,7 +98,7 @@ class TestColumns:
 
     def test_quantized_layers_with_long_names(self) -> None:
         name = "a_block.with.a_very.long_path_of_modules.that_ends_in.down_proj"
-        layer = LayerReport(3, name, 1e-9, 12345.678, 0.01, (1.0, 0.5), 12345.6, 4)
+        layer = LayerReport(3, name, 1e-9, 12345.678, 0.01, (1.0, 0.5), 12345.6, 4, fitted=64)
         found = Quantized(
             {}, [layer, replace(layer, layer=None, name="embeddings")], QuantizeConfig(scale_dtype=torch.float16)
         )
@@ -221,3 +221,16 @@ class TestErrorsThatSayNothing:
     def test_methods_that_fit_nothing_measure_what_they_report(self) -> None:
         run = a_run(dense_layers=self.DENSE, calibration_tokens=3, plan=replace(a_plan(), method="magnitude"))
         assert "n/a" not in run.table()
+
+    @pytest.mark.parametrize(
+        ("fitted", "error", "of"), [(0, 0.1, "weights"), (64, 0.1, "outputs"), (5_000, None, "outputs")]
+    )
+    def test_of_quantized_layers(self, fitted: int, error: float | None, of: str) -> None:
+        layer = LayerReport(0, "fc1", 0.1, 0.2, 0.01, (1.0,), 1.0, 4, fitted=fitted)
+        run = a_run(quantized=measured(1.0), quantization=Quantized({}, [layer], QuantizeConfig(quantizer="gptq")))
+        row = run.to_dict()["quantized_layers"][0]
+        assert (row["error"], row["error_of"]) == (error, of)
+        shown = cells(run.table(), "0  fc1")
+        assert shown[3] == ("n/a" if error is None else "0.1000")
+        assert (shown[5:7] == ["n/a", "n/a"]) == (fitted == 0)
+        assert ("each layer's weights: no examples were looked at" in run.table()) == (fitted == 0)

@@ -9,7 +9,7 @@ from typing import Any
 from shrinkformer.commands.card_metadata import metadata, pipeline_tag, results_of
 from shrinkformer.commands.onnx_card import without_onnx_section
 from shrinkformer.commands.report import Run
-from shrinkformer.commands.report_text import FEW_TOKENS, calibration_of
+from shrinkformer.commands.report_text import FEW_TOKENS, calibration_of, errors_in_words
 from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.evaluate.paired import STDERR, names_of
 from shrinkformer.pictures.columns import figure
@@ -41,6 +41,7 @@ class Card:
         sentence_encoder: Whether sentence-transformers opens it.
         plan: What was kept, if the model was pruned.
         errors: Of the sublayers of each block of the plan, None where they say nothing.
+        tokens: Of the calibration examples.
         quantized: What was done to the weights, if they were quantized.
         inherited: Of the YAML section of the dense model's card.
         public: Whether metrics are those of whole public evaluation splits.
@@ -55,6 +56,7 @@ class Card:
     sentence_encoder: bool = False
     plan: Plan | None = None
     errors: Sequence[tuple[float | None, float | None]] = ()
+    tokens: int = 0
     quantized: Quantized | None = None
     inherited: Mapping[str, Any] = field(default_factory=dict)
     public: bool = False
@@ -68,7 +70,7 @@ class Card:
         if self.plan is not None:
             parts += ["## What every layer keeps", _kept(self.plan, self.errors)]
         if self.quantized is not None:
-            parts += ["## What every quantized layer became", _quantized_layers(self.quantized)]
+            parts += ["## What every quantized layer became", _quantized_layers(self.quantized, self.tokens)]
         return "\n\n".join(parts) + "\n"
 
     def _metadata(self, run: Run | None) -> str:
@@ -224,8 +226,10 @@ def _kept(plan: Plan, errors: Sequence[tuple[float | None, float | None]]) -> st
     return _table(["layer", "heads", *widths, "neurons", "attention error", "ffn error"], rows) + note
 
 
-def _quantized_layers(found: Quantized) -> str:
+def _quantized_layers(found: Quantized, tokens: int) -> str:
     rows = [
-        ["" if row.layer is None else row.layer, f"`{row.name}`", row.bits, f"{row.error:.4f}"] for row in found.layers
+        ["" if row.layer is None else row.layer, f"`{row.name}`", row.bits, figure(row.known_errors(tokens)[0])]
+        for row in found.layers
     ]
-    return _table(["layer", "name", "bits", "relative error of its output"], rows)
+    note = errors_in_words(found.layers)
+    return _table(["layer", "name", "bits", "error"], rows) + f"\n\n{note[0].upper()}{note[1:]}."

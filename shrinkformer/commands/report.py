@@ -22,7 +22,7 @@ from shrinkformer.pictures.run_page import report_page
 from shrinkformer.prune.columns import known_errors
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.surgery import kept_sizes
-from shrinkformer.quantize.config import Quantized
+from shrinkformer.quantize.config import LayerReport, Quantized
 from shrinkformer.utils.files import append_atomically, write_atomically
 
 SCHEMA = 1
@@ -138,7 +138,7 @@ class Run:
                 **({"held_out_divergence": self.plan.divergences} if self.plan.divergences else {}),
             }
         if self.quantized is not None and self.quantization is not None:
-            record |= _quantized_section(self.quantized, self.quantization)
+            record |= _quantized_section(self.quantized, self.quantization, self.calibration_tokens)
         if self._last is not None:
             made = [(name, some) for name, some in self.models.items() if some is not self.dense]
             record["change"] = {name: some.change_from(self.dense) for name, some in made}
@@ -191,7 +191,7 @@ def _plan_rows(plan: Plan, errors: Sequence[tuple[float | None, float | None]]) 
     ]
 
 
-def _quantized_section(figures: Measured, found: Quantized) -> dict[str, Any]:
+def _quantized_section(figures: Measured, found: Quantized, tokens: int) -> dict[str, Any]:
     config = found.config
     settings = {
         "bits": config.bits if config.bits_of is None else None,
@@ -203,7 +203,16 @@ def _quantized_section(figures: Measured, found: Quantized) -> dict[str, Any]:
         "scope": config.layers,
         "also": list(config.also),
     }
-    return {"quantized": figures.to_dict() | settings, "quantized_layers": [asdict(layer) for layer in found.layers]}
+    return {
+        "quantized": figures.to_dict() | settings,
+        "quantized_layers": [_quantized_row(row, tokens) for row in found.layers],
+    }
+
+
+def _quantized_row(layer: LayerReport, tokens: int) -> dict[str, Any]:
+    error, nearest = layer.known_errors(tokens)
+    known = {"error": error, "nearest_error": nearest, "error_of": "outputs" if layer.fitted else "weights"}
+    return {**asdict(layer), **known}
 
 
 def versions() -> dict[str, str]:

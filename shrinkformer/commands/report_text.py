@@ -7,7 +7,7 @@ from shrinkformer.evaluate.paired import STDERR, names_of
 from shrinkformer.pictures.columns import aligned, figure, ratio
 from shrinkformer.pictures.runs import DECODED, heading
 from shrinkformer.prune.plan import Plan
-from shrinkformer.quantize.config import Quantized
+from shrinkformer.quantize.config import LayerReport, Quantized
 
 if TYPE_CHECKING:
     from shrinkformer.commands.report import Measured, Run
@@ -25,7 +25,7 @@ def text_of(run: "Run") -> str:
     if run.plan is not None:
         lines += ["", *_plan_lines(run.plan, run.errors)]
     if run.quantization is not None:
-        lines += ["", *_quantized_lines(run.quantization)]
+        lines += ["", *_quantized_lines(run.quantization, run.calibration_tokens)]
     if run.rounding is not None:
         lines += ["", f"  neurons are multiples of {run.rounding}"]
     lines.append("")
@@ -112,18 +112,29 @@ def _plan_lines(plan: Plan, known: Sequence[tuple[float | None, float | None]]) 
     return lines
 
 
-def _quantized_lines(found: Quantized) -> list[str]:
-    config = found.config
+def _quantized_lines(found: Quantized, tokens: int) -> list[str]:
+    """What each layer became; damping and trust belong to fits."""
     rows: list[list[object]] = [["layer", "name", "bits", "error", "nearest", "damping", "trust", "seconds"]]
     for row in found.layers:
-        trust = " ".join(f"{share:.2f}" for share in row.trust)
-        errors = [figure(row.error), figure(row.nearest_error)]
+        trust = " ".join(f"{share:.2f}" for share in row.trust) if row.fitted else "n/a"
+        errors = [figure(error) for error in row.known_errors(tokens)]
+        damping = f"{row.damping:.0e}" if row.fitted else "n/a"
         number = "" if row.layer is None else row.layer
-        rows.append([number, row.name, row.bits, *errors, f"{row.damping:.0e}", trust, f"{row.seconds:.2f}"])
-    return [
-        f"  {config.amount}, {found.storage}, by {config.quantizer}; relative error of each layer's output",
+        rows.append([number, row.name, row.bits, *errors, damping, trust, f"{row.seconds:.2f}"])
+    lines = [
+        f"  {found.config.amount}, {found.storage}, by {found.config.quantizer}; {errors_in_words(found.layers)}",
         *_indented(aligned(rows, left=(1,))),
     ]
+    return lines + ([f"  {FEW_TOKENS}"] if any(row.known_errors(tokens)[0] is None for row in found.layers) else [])
+
+
+def errors_in_words(layers: Sequence[LayerReport]) -> str:
+    """What the errors of quantized layers are errors of."""
+    fitted = {bool(layer.fitted) for layer in layers}
+    if fitted == {False}:
+        return "relative error of each layer's weights: no examples were looked at"
+    exception = ", of its weights where damping is n/a" if False in fitted else ""
+    return f"relative error of each layer's output{exception}"
 
 
 def _indented(lines: Sequence[str]) -> list[str]:

@@ -142,6 +142,7 @@ class Session:
             public=job.public,
             plan=plan,
             errors=() if plan is None else known_errors(plan, layer_sizes(layer_views(self.model)), self.tokens),
+            tokens=self.tokens,
             **found,
         )
         return self.cards[folder].text()

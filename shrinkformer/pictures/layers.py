@@ -89,9 +89,10 @@ def code_charts(rows: Rows) -> list[BarChart]:
         category_axis="layer",
         limit=8,
     )
+    what = "weights" if all(row.get("error_of") == "weights" for row in rows) else "output"
     errors = BarChart(
         "Error of quantizing by layer",
-        "relative error of the output, mean",
+        f"relative error of the {what}, mean",
         names,
         (series("this run", "error", "quantized"), series("rounding to nearest", "nearest_error", DENSE)),
         form=".3f",

@@ -88,13 +88,15 @@ class LayerReport:
     Attributes:
         layer: Number of the block; None outside the blocks.
         name: Path of the layer in the block, or in the model.
-        error: Relative error of its output on the calibration examples, 0 to about 1.
+        error: Relative error of its output on the calibration examples, 0 to about 1; of its weights where nothing was
+            fitted to examples.
         nearest_error: The same for rounding to nearest.
         damping: Of the second moments, relative to their mean diagonal.
         trust: How far the layer was corrected for errors before it, 0 to 1, by part: of its input, of the residual.
         seconds: Time of the solution; what is known about its input is collected for several layers at once.
         bits: Of a code.
         group_size: Neighbouring inputs that share a scale, as it is in the file; -1 for one scale per output.
+        fitted: Inputs of the layer, if it was fitted to examples of them; 0 if it was not.
     """
 
     layer: int | None
@@ -106,6 +108,11 @@ class LayerReport:
     seconds: float
     bits: int
     group_size: int = WHOLE_ROW
+    fitted: int = 0
+
+    def known_errors(self, tokens: int) -> tuple[float | None, float | None]:
+        """Its error and that of rounding to nearest, None where a fit to so few tokens says nothing of others."""
+        return (None, None) if self.fitted > tokens else (self.error, self.nearest_error)
 
 
 @dataclass

@@ -105,7 +105,8 @@ class Outside:
         into.weights[name] = solved.weight
         errors = (solved.error, solved.nearest_error, solved.damping)
         stored, seconds = solved.weight.scheme, perf_counter() - began
-        into.layers.append(LayerReport(None, name, *errors, (), seconds, stored.bits, stored.group_size))
+        fitted = 0 if hessian is None else weight.shape[1]
+        into.layers.append(LayerReport(None, name, *errors, (), seconds, stored.bits, stored.group_size, fitted))
 
     def inputs(self, names: list[str]) -> dict[str, Tensor]:
         """Second moments of the inputs of layers behind the blocks, which one pass of the examples reaches."""

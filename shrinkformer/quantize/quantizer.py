@@ -311,8 +311,9 @@ class BlockQuantizer:
             for (path, linear), one in zip(linears.items(), solved, strict=True):
                 aim, errors = aims[path], (one.error, one.nearest_error)
                 stored = one.weight.scheme
+                fitted = 0 if hessian is None else linear.in_features
                 report = LayerReport(
-                    view.index, path, *errors, one.damping, aim.trust, seconds, stored.bits, stored.group_size
+                    view.index, path, *errors, one.damping, aim.trust, seconds, stored.bits, stored.group_size, fitted
                 )
                 bias = _bias(linear, one.weight, aim, whole) if centred and whole is not None else linear.bias
                 layer = Finished(path, one.weight, report, None if bias is None else bias.clone())
