@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shrinkformer.architectures import DECODERS, Architecture
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.errors import CheckpointError, ShrinkformerWarning
-from shrinkformer.prune.heads import outline, stock_classes
+from shrinkformer.prune.outlines import outline, stock_classes
 from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.prune.tensors import is_optional, stored_names
 from shrinkformer.prune.weight_files import read_tensors, weight_files

@@ -9,7 +9,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from shrinkformer.errors import CheckpointError, ShrinkformerWarning
-from shrinkformer.prune.heads import stock_heads
+from shrinkformer.prune.outlines import stock_heads
 from shrinkformer.trust.foreign import shortened
 
 AGAIN = "download the model again, or save it again where it was made."
