@@ -8,7 +8,14 @@ from shrinkformer.architectures.decoders import DECODERS
 from shrinkformer.architectures.encoders import ENCODERS
 from shrinkformer.architectures.projection import Projection
 from shrinkformer.architectures.record import Architecture, AttentionRecord, FeedForwardRecord, StockRecord
-from shrinkformer.architectures.views import ARCHITECTURES, LayerView, find_architecture, layer_views, unit_columns
+from shrinkformer.architectures.views import (
+    ARCHITECTURES,
+    LayerView,
+    find_architecture,
+    layer_views,
+    require_alike,
+    unit_columns,
+)
 
 __all__ = [
     "ARCHITECTURES",
@@ -22,5 +29,6 @@ __all__ = [
     "StockRecord",
     "find_architecture",
     "layer_views",
+    "require_alike",
     "unit_columns",
 ]

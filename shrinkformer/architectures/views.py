@@ -176,10 +176,23 @@ def layer_views(model: PreTrainedModel) -> list[LayerView]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no blocks at {architecture.layers!r}, where its record says they are."
         ) from None
-    if len(set(getattr(model.config, "layer_types", None) or ())) > 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} mixes blocks with full and with sliding-window attention; "
-            "prune a checkpoint whose layer_types are all the same."
-        )
     assert isinstance(blocks, nn.ModuleList)
     return [LayerView(index, block, architecture) for index, block in enumerate(blocks)]
+
+
+def require_alike(model: PreTrainedModel, what: str) -> None:
+    """Check that all blocks of a model take the same arguments, as they must to be run one by one.
+
+    Args:
+        model: The model.
+        what: What is done with it, for the message.
+
+    Raises:
+        UnsupportedModelError: They do not.
+    """
+    kinds = sorted(set(getattr(model.config, "layer_types", None) or ()))
+    if len(kinds) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} mixes blocks of several kinds of attention ({', '.join(kinds)} in layer_types); "
+            f"to {what}, take a checkpoint whose layer_types are all the same."
+        )

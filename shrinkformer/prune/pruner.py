@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.columns import warn_of_few_tokens
+from shrinkformer.prune.counted import require_counted
 from shrinkformer.prune.guarded import learn_guarded
 from shrinkformer.prune.kprune import learn_kprune
 from shrinkformer.prune.kwon import learn_kwon
@@ -73,7 +74,7 @@ def calibrate(
 
     Raises:
         InputError: The method is not known, or model or examples cannot be used; it says what to pass.
-        UnsupportedModelError: There is no architecture record for the model.
+        UnsupportedModelError: There is no architecture record for the model, or its blocks compute more than it says.
         NumericalError: Weights, or what the model computes on the examples, are NaN or infinite; it says where.
         OutOfMemoryError: There is not enough memory even for one example at a time.
 
@@ -83,6 +84,7 @@ def calibrate(
     require_method(method)
     given = receive(model, batches, tokenizer=tokenizer, objective=objective)
     model, batches, objective = given.model, given.batches, given.objective
+    require_counted(model)
     learners: dict[str, Callable[..., Calibrated]] = {
         SHRINK: partial(learn, config=config, objective=objective),
         KWON: partial(learn_kwon, objective=objective),

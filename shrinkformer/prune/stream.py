@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shrinkformer.architectures import layer_views
+from shrinkformer.architectures import layer_views, require_alike
 from shrinkformer.prune.hidden import Offload, hidden_states
 from shrinkformer.utils.inputs import call, model_inputs, outputs_of, token_mask, token_rows_of
 
@@ -68,6 +68,7 @@ class BlockStream:
     def __init__(
         self, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], offload: Offload | None = None
     ) -> None:
+        require_alike(model, "pass it block by block")
         self._model = model
         self._batches = batches
         self._hidden = hidden_states(offload, model.device)
