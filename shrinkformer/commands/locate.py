@@ -34,6 +34,8 @@ from shrinkformer.prune.opening import fetch_weights, load_pretrained, open_conf
 from shrinkformer.prune.resources import BlockWeights, InMemory
 from shrinkformer.prune.sentence_encoder import inner_model
 from shrinkformer.quantize.checkpoint import load
+from shrinkformer.quantize.reading import find_format
+from shrinkformer.trust.folders import ADAPTER, adapter_in
 from shrinkformer.trust.foreign import foreign_errors, reason_of
 from shrinkformer.trust.tokenizers import require_known_tokens, require_sane, require_tokenizer_files
 from shrinkformer.trust.weights import WEIGHT_FILES
@@ -172,6 +174,8 @@ def _find(
     location = _locate(model_name, folders, bundled, on_hub, flag)
     try:
         config = open_config(location)
+        if getattr(config, "quantization_config", None) is not None:
+            find_format(config.quantization_config)
     except (CheckpointError, UnsupportedModelError) as error:
         raise InputError(f"{flag} {model_name}: {error}") from None
     except (OSError, ValueError) as error:
@@ -187,6 +191,8 @@ def _locate(model_name: str, folders: Sequence[Path], bundled: Path | None, on_h
         if (folder / "config.json").is_file():
             return str(folder)
     for folder in (folders[0], Path(model_name)):
+        if (folder / ADAPTER).is_file():
+            raise InputError(f"{flag} {model_name}: {adapter_in(folder)}")
         if folder.is_dir():
             inner = inner_model(folder)
             if inner is not None:

@@ -1,19 +1,21 @@
 """Everything that a run can refuse, refused before a weight is read; a dry run passes exactly when these checks do."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
-from shrinkformer.commands.locate import require_weight_files
+from shrinkformer.commands.locate import Source, require_weight_files
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.session import Job
-from shrinkformer.errors import InputError
+from shrinkformer.errors import InputError, UnsupportedModelError
 from shrinkformer.prune.allocation import require_feasible
 from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import may_be_replaced
+from shrinkformer.prune.counted import require_counted
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,14 @@ def preflight(
         checks: Of this kind of run.
 
     Raises:
-        InputError: There are no weights, a folder holds something else, or something cannot come out.
+        InputError: There are no weights, blocks compute more than is counted, a folder holds something else, or
+            something cannot come out.
         BudgetError: A budget is below what every block must keep.
     """
     require_weight_files(job.source)
+    if options.calibrates:
+        with as_input_error(job.source):
+            require_counted(model)
     costs = [CostModel.of(layer_views(model), budget) for budget in budgets]
     for each in costs:
         if options.budget == "macs":  # time is not known yet
@@ -60,3 +66,12 @@ def preflight(
                 raise InputError(
                     f"{flag}: {folder} exists and holds something else than our checkpoints; choose another folder."
                 )
+
+
+@contextmanager
+def as_input_error(source: Source) -> Iterator[None]:
+    """What cannot be done with a model, found before it is loaded, is said of the flag that names it."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise InputError(f"--model_name {source.name}: {error}") from None

@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from shrinkformer.architectures import find_architecture, layer_views
+from shrinkformer.architectures import find_architecture, layer_views, require_alike
 from shrinkformer.commands.console import block_progress, say
 from shrinkformer.commands.dry_run import describe
 from shrinkformer.commands.interrupted import alone, finish, is_finished, open_ledger, reported
 from shrinkformer.commands.locate import empty_model, load_model
 from shrinkformer.commands.memory import GIB, Footprint, available_bytes
 from shrinkformer.commands.options import PruneOptions
-from shrinkformer.commands.preflight import Checks, preflight
+from shrinkformer.commands.preflight import Checks, as_input_error, preflight
 from shrinkformer.commands.publishing import Publisher
 from shrinkformer.commands.report import Run, write_report
 from shrinkformer.commands.session import Job, Session, measure_dense
@@ -58,7 +58,7 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
     footprint, limit = _footprint(job, options, shapes), _limit(job, options)
     lazily = job.workers.broadcast(footprint.resident > limit)  # what is free differs from moment to moment
     if lazily:
-        _require_blocks(job, options, footprint, limit)
+        _require_blocks(job, options, shapes, footprint, limit)
     rounding = _measured_rounding(job, options, shapes)
     budgets = _budgets(job, options, rounding)
     preflight(job, options, shapes, budgets, checks)
@@ -137,7 +137,9 @@ def _limit(job: Job, options: PruneOptions) -> float:
     return available_bytes(job.device) * 0.8 if options.max_memory is None else options.max_memory * GIB
 
 
-def _require_blocks(job: Job, options: PruneOptions, footprint: Footprint, limit: float) -> None:
+def _require_blocks(
+    job: Job, options: PruneOptions, shapes: PreTrainedModel, footprint: Footprint, limit: float
+) -> None:
     """Check that a model that does not fit into memory may pass block by block.
 
     Raises:
@@ -146,7 +148,11 @@ def _require_blocks(job: Job, options: PruneOptions, footprint: Footprint, limit
     Warns:
         ShrinkformerWarning: One block alone takes more.
     """
+    with as_input_error(job.source):
+        require_alike(shapes, "pass it block by block, which --max_memory makes necessary")
     whole, remedy = job.whole, "or use a machine with more"
+    if not whole and job.source.quantized:
+        whole = "weights of a quantized model are decoded as a whole"
     if not whole and options.measures_whole:
         whole, remedy = f"--method {options.method} measures a model as a whole", "or pass --method stat"
     if whole:
@@ -189,7 +195,7 @@ def _start(job: Job, options: PruneOptions, seconds: dict[str, float], *, lazily
     job.say(f"loading {job.source.name} from {job.source.location}{how}")
     with timed(seconds, "loading"):
         model, weights = load_model(job.source, job.chosen, job.device, job.dtype, lazily=lazily)
-        require_finite_weights(model)
+        require_finite_weights(model, stored=job.source.dtype)
         offload = None
         if lazily:
             offload = Offload(options.offload_dir or (options.output_dir / job.stem).parent, int(limit / 4))

@@ -1,5 +1,6 @@
 """NaN and infinity, found where they begin: in weights, and in what a model computes on the calibration examples."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,25 +26,28 @@ _CHECKED_TOKENS = 65_536
 _FULL_RANGE = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def require_finite_weights(model: nn.Module, *, when: str = "") -> None:
+def require_finite_weights(model: nn.Module, *, when: str = "", stored: torch.dtype | None = None) -> None:
     """Check the parameters of a model, each read once; those on the meta device, which have no values yet, are not.
 
     Args:
         model: The model.
         when: What was done before, for the message.
+        stored: The type that they have in a file, if they come from one.
 
     Raises:
         NumericalError: One of them holds NaN or infinity.
     """
-    require_finite(((name, tensor) for name, tensor in model.named_parameters() if not tensor.is_meta), when=when)
+    there = ((name, tensor) for name, tensor in model.named_parameters() if not tensor.is_meta)
+    require_finite(there, when=when, stored=stored)
 
 
-def require_finite(tensors: Iterable[tuple[str, Tensor]], *, when: str = "") -> None:
+def require_finite(tensors: Iterable[tuple[str, Tensor]], *, when: str = "", stored: torch.dtype | None = None) -> None:
     """Check tensors.
 
     Args:
         tensors: With the names that a message gives them.
         when: See above.
+        stored: See above.
 
     Raises:
         NumericalError: One of them holds NaN or infinity.
@@ -52,13 +56,26 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], *, when: str = "") -> 
         if is_finite(tensor):
             continue
         place, bad = first_fault(tensor)
-        remedy = "the checkpoint is broken, use another one"
-        if when:
-            remedy = "use more examples, a larger --mu, or float32"
+        remedy = (
+            "use more examples, a larger --mu, or float32"
+            if when
+            else _cause(tensor[place].item(), tensor.dtype, stored)
+        )
         raise NumericalError(
             f"{name}{when}: {tensor[place].item()} at {list(place)}, the first of {bad:,} of {tensor.numel():,} "
             f"weights that are NaN or infinity; {remedy}."
         )
+
+
+def _cause(value: float, dtype: torch.dtype, stored: torch.dtype | None) -> str:
+    """Why a weight that nobody has changed is not finite, and what to do."""
+    if math.isnan(value) or dtype in _FULL_RANGE or dtype == stored:
+        return "the checkpoint is broken, use another one"
+    kind, range_ = str(dtype).removeprefix("torch."), f"whose range ends at {torch.finfo(dtype).max:,.0f}"
+    if stored is None:
+        return f"they overflow in {kind}, {range_}, or the checkpoint is broken: load it in float32 or bfloat16"
+    wide = str(stored).removeprefix("torch.")
+    return f"they are stored in {wide} and overflow in {kind}, {range_}: leave {kind} out (--dtype {wide})"
 
 
 @contextmanager

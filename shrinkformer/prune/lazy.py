@@ -82,6 +82,8 @@ class OnDisk:
                 if block not in self._checked:
                     require_finite([(f"{stored} in {file}", tensor)])
                 target.copy_(tensor.to(self._device))  # travels as it is stored, which may be smaller
+                if block not in self._checked and target.dtype != tensor.dtype:
+                    require_finite([(f"{stored} in {file}", target)], stored=tensor.dtype)
         self._checked.add(block)
         module.load_state_dict(targets, assign=True)
 

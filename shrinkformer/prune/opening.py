@@ -21,7 +21,7 @@ from shrinkformer.prune.sentence_encoder import MODULES, module_folders
 from shrinkformer.prune.tensors import AGAIN, require_all, require_used, stored_names
 from shrinkformer.trust.configs import CONFIG, read_config, require_section
 from shrinkformer.trust.entries import require_known_entries
-from shrinkformer.trust.folders import require_own_files
+from shrinkformer.trust.folders import ADAPTER, adapter_in, require_own_files
 from shrinkformer.trust.foreign import foreign_errors, shortened
 from shrinkformer.trust.json_files import read_object
 from shrinkformer.trust.weights import (
@@ -147,6 +147,8 @@ def fetch_weights(location: str, config: PreTrainedConfig) -> None:
     """
     if Path(location).is_dir():
         return  # checked when it was opened
+    if cached_file(location, ADAPTER, _raise_exceptions_for_missing_entries=False) is not None:
+        raise CheckpointError(adapter_in(location))
     for name in WEIGHT_FILES:
         found = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
         if found is None:

@@ -35,4 +35,12 @@ def require_own_files(folder: Path) -> None:
         if not (real.is_file() or real.is_dir()):
             raise CheckpointError(f"{file} is no ordinary file; put the file itself there.")
     if (folder / ADAPTER).exists():
-        raise CheckpointError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model and save that first.")
+        raise CheckpointError(adapter_in(folder))
+
+
+def adapter_in(place: Path | str) -> str:
+    """What is said of a folder or repository with an adapter, beside a model or alone."""
+    return (
+        f"{place} holds an adapter ({ADAPTER}); merge it into its model (merge_and_unload() of peft), save that and "
+        "pass its folder."
+    )
