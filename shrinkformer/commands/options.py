@@ -113,7 +113,7 @@ class PruneOptions(EvaluateOptions):
         None,
         "own examples, unlabelled, to calibrate on",
         group="data",
-        more=".jsonl, .json, .parquet, .csv or .txt; for language models a text",
+        more=".jsonl, .json, .parquet, .csv, .tsv or .txt; language models take the column text",
     )
     sample_batch_size: int = option(
         512, "number of calibration examples", group="data", more="windows of language models"
@@ -297,7 +297,7 @@ class DecoderEvaluateOptions:
     """What commands that measure perplexity have beside :class:`EvaluateOptions`."""
 
     evaluation_file: Path | None = option(
-        None, "own text to measure perplexity on", group="data", more="beside the corpora; UTF-8"
+        None, "own text to measure perplexity on", group="data", more="beside the corpora; the same types of files"
     )
     evaluation_windows: int | None = option(
         None, "only so many windows of each corpus", group="data", advanced=True, more="for a quick look"

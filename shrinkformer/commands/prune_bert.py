@@ -61,7 +61,8 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
     calibration, evaluation = read_data(options, task, source, tokenizer)
     require_label_names(source, task, [split.examples for split in evaluation.values()])
     require_fitting_tokens(source, [calibration.features, *(split.features for split in evaluation.values())])
-    batches = [batch for _, batch in padded_batches(calibration.features, tokenizer, options.batch_size)]
+    learnt = calibration.features if options.reads_examples else []
+    batches = [batch for _, batch in padded_batches(learnt, tokenizer, options.batch_size)]
     some = calibration.features or next(iter(evaluation.values())).features
     lengths = [length for split in evaluation.values() for length in split.lengths]
     length = min(128, max_positions(source.config), tokenizer.model_max_length)
@@ -119,7 +120,7 @@ def read_data(
     own = options.calibration_file
     longest = max_positions(source.config)
     calibration = Encoded([], None, None, None)
-    if options.reads_examples:
+    if options.reads_examples or own is not None:
         pool = read("train") if own is None else load_examples(own, task)
         calibration = sample_calibration(
             pool, task, tokenizer, size=options.sample_batch_size, seed=options.seed, max_length=longest

@@ -20,7 +20,7 @@ from shrinkformer.commands.main import prune_opt as main
 from shrinkformer.commands.options import BUNDLED_DECODER, DecoderOptions, resolve_device, torch_dtype
 from shrinkformer.commands.pruning import run_pruning
 from shrinkformer.commands.session import Evaluate, Job
-from shrinkformer.dataset.corpora import calibration_windows, evaluation_windows, read_text_file, windows_of
+from shrinkformer.dataset.corpora import calibration_windows, evaluation_windows, read_own_text, windows_of
 from shrinkformer.dataset.corpus import CORPORA, get_corpus
 from shrinkformer.errors import InputError
 from shrinkformer.evaluate.harness import harness_is_installed, run_harness
@@ -82,7 +82,7 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
         source=source,
         chosen=model_class(source, None),
         tokenizer=tokenizer,
-        batches=as_batches(calibration, options.batch_size),
+        batches=as_batches(calibration, options.batch_size) if options.reads_examples else [],
         example=as_batches(next(some for some in windows if len(some)), options.batch_size)[0],
         sequence_length=length,
         evaluate=make_evaluate(options, evaluation, main, tokenizer, device=device, workers=workers),
@@ -117,24 +117,26 @@ def read_evaluation(options: DecoderOptions, tokenizer: Any, length: int, bundle
         for name, corpus in CORPORA.items()
     }
     if options.evaluation_file is not None:
-        text = read_text_file(options.evaluation_file)
-        windows[options.evaluation_file.name] = windows_of(text, tokenizer, length, where=str(options.evaluation_file))
+        where = f"--evaluation_file {options.evaluation_file}"
+        text = read_own_text(options.evaluation_file)
+        windows[options.evaluation_file.name] = windows_of(text, tokenizer, length, where=where)
     return {name: rows[: options.evaluation_windows] for name, rows in windows.items()}
 
 
 def read_calibration(options: DecoderOptions, tokenizer: Any, length: int, bundled: bool) -> Tensor:
-    """Calibration windows, ``(windows, length)``; none where nothing is learnt from them."""
-    if not options.reads_examples:
-        return torch.zeros(0, length, dtype=torch.int64)
+    """Calibration windows, ``(windows, length)``; none where nothing is learnt from them and no file was given."""
     own = options.calibration_file
+    if own is None and not options.reads_examples:
+        return torch.zeros(0, length, dtype=torch.int64)
     return calibration_windows(
-        get_corpus(options.task_name) if own is None else read_text_file(own),
+        get_corpus(options.task_name) if own is None else read_own_text(own),
         tokenizer,
         length=length,
         size=options.sample_batch_size,
         seed=options.seed,
         data_dir=options.data_dir,
         bundled=bundled,
+        where=f"--calibration_file {own}",
     )
 
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from shrinkformer.dataset.corpus import Corpus
-from shrinkformer.dataset.files import read_file, read_text
+from shrinkformer.dataset.files import read_file, read_text, read_texts
 from shrinkformer.dataset.loading import SAMPLES
 from shrinkformer.errors import DataError, InputError
 
 SUFFIXES = (".txt", ".parquet", ".json", ".jsonl")
 """File types of a corpus, in the order in which they are looked for."""
+_OWN_JOINER = "\n\n"  # between the rows of the user's own file
 _ANY_SUFFIX = ".{txt,parquet,json,jsonl}"  # the same, for messages
 
 
@@ -64,6 +65,7 @@ def calibration_windows(
     seed: int,
     data_dir: Path | None = None,
     bundled: bool = False,
+    where: str = "the calibration text",
 ) -> Tensor:
     """Draw windows of tokens at random; windows may overlap, as GPTQ's do.
 
@@ -75,6 +77,7 @@ def calibration_windows(
         seed: of a generator of its own; no global state is read or changed.
         data_dir: where :func:`load_texts` looks first.
         bundled: whether it may use the bundled samples.
+        where: what messages call a text of the user's own.
 
     Returns:
         (size, length), int64. With ``window_per_text`` (C4) each is from another text of more than ``length`` tokens
@@ -91,7 +94,7 @@ def calibration_windows(
         raise InputError(f"--seed {seed} must not be negative")
     rng = np.random.default_rng(seed)
     if isinstance(source, str):
-        pool, where = [_tokenise(tokenizer, source)], "the calibration text"
+        pool = [_tokenise(tokenizer, source)]
     else:
         split = calibration_split(source, data_dir, bundled)
         texts, where = load_texts(source, split, data_dir=data_dir, bundled=bundled), f"{source.name} {split}"
@@ -145,6 +148,17 @@ def read_text_file(path: Path) -> str:
     if not text.strip():
         raise DataError(f"{path} is empty; it should hold a text")
     return text
+
+
+def read_own_text(path: Path) -> str:
+    """Read a text of the user's own from a file of any type (``--calibration_file``, ``--evaluation_file``).
+
+    Rows are joined by blank lines, as those of wikitext are.
+
+    Raises:
+        DataError: the file is missing, empty or not UTF-8, or has no column of texts.
+    """
+    return _OWN_JOINER.join(read_texts(path))
 
 
 def require_different_files(calibration: Path, evaluation: Path) -> None:

@@ -19,14 +19,20 @@ _MOST_BYTES, _PIECE = 16 * 2**30, 1024
 SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 """File types with named columns, in the order in which they are looked for."""
 
+_WITH_COLUMNS = (*SUFFIXES, ".tsv")
+"""The same and those that are read where they are named."""
+
+TEXT_COLUMNS = ("text", "content", "sentence", "document", "article", "body", "raw_content")
+"""Names of a column of texts, in the order in which they are looked for; large and small letters are the same."""
+
 
 def read_file(path: Path, *, text_columns: Sequence[str]) -> datasets.Dataset:
     """Read a file with named columns.
 
     Args:
-        path: a .parquet, .json (a list of objects, an object of columns, or SQuAD's own nested form), .jsonl or .csv
-            file (comma separated, with a header).
-        text_columns: columns that stay texts even if every value looks like a number (csv).
+        path: a .parquet, .json (a list of objects, an object of columns, or SQuAD's own nested form), .jsonl, .csv
+            file (comma separated, with a header) or .tsv file (the same with tabs, without quotes).
+        text_columns: columns that stay texts even if every value looks like a number (csv, tsv).
 
     Returns:
         The rows, in the file's order.
@@ -35,12 +41,58 @@ def read_file(path: Path, *, text_columns: Sequence[str]) -> datasets.Dataset:
         DataError: the file is empty, cannot be read, or is of another type.
     """
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(f"{path}: files of type {suffix or 'none'!r} are not read; use {', '.join(SUFFIXES)} or .txt")
+    if suffix not in _WITH_COLUMNS:
+        raise DataError(
+            f"{path}: files of type {suffix or 'none'!r} are not read; use {', '.join(_WITH_COLUMNS)} or .txt"
+        )
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; it should hold one example per row")
     with foreign_errors(DataError, f"{path} cannot be read as {suffix[1:]}", "check the file"):
         return _read(path, suffix, text_columns)
+
+
+def read_texts(path: Path) -> list[str]:
+    """Read the texts of the user's own file, whatever its type.
+
+    Args:
+        path: of a type that :func:`read_file` takes: the texts of its text column, see :func:`text_column`, or a .json
+            file with a list of texts. Anything else is one text in UTF-8.
+
+    Returns:
+        The texts that are not blank, in the file's order.
+
+    Raises:
+        DataError: the file is empty, cannot be read, has no text column, or holds something else than texts in it.
+    """
+    if path.suffix.lower() not in _WITH_COLUMNS:
+        texts = [read_text(path)]
+    else:
+        rows = read_file(path, text_columns=TEXT_COLUMNS)
+        name = text_column(rows)
+        if name is None:
+            found = shortened(", ".join(rows.column_names)) or "no columns"
+            raise DataError(f"{path} has no column of texts (found: {found}); name it {' or '.join(TEXT_COLUMNS[:2])}")
+        texts = rows[name][:]
+        bad = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
+        if bad is not None:
+            held = shortened(repr(texts[bad]))
+            raise DataError(f"{path}, row {bad}: column {name} holds {held}, which is not a text")
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise DataError(f"{path} is empty; it should hold a text")
+    return texts
+
+
+def text_column(rows: datasets.Dataset) -> str | None:
+    """The column that holds texts: the first of the usual names, or the only one; None where there is none."""
+    found = rows.column_names
+    by_name = {name.lower(): name for name in reversed(found)}
+    for name in TEXT_COLUMNS:
+        if name in by_name:
+            return str(by_name[name])
+    if len(found) == 1 and len(rows) and isinstance(rows[0][found[0]], str):
+        return str(found[0])
+    return None
 
 
 def read_lines(path: Path, columns: Sequence[str]) -> datasets.Dataset:
@@ -95,25 +147,38 @@ def read_text(path: Path) -> str:
 def _read(path: Path, suffix: str, text_columns: Sequence[str]) -> datasets.Dataset:
     if suffix == ".parquet":
         return datasets.Dataset(_read_parquet(path))
-    if suffix == ".csv":
-        as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(text_columns, pyarrow.string()))
-        multiline = pyarrow.csv.ParseOptions(newlines_in_values=True)
-        read_text(path)  # its own messages are better than pyarrow's
-        return datasets.Dataset(pyarrow.csv.read_csv(path, convert_options=as_text, parse_options=multiline))
+    if suffix in {".csv", ".tsv"}:
+        return datasets.Dataset(_read_delimited(path, suffix, text_columns))
     text = read_text(path)
-    if suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        return datasets.Dataset.from_list(
-            [_object(line, f"{path}, line {number}", text_columns) for number, line in lines]
-        )
-    content = _parsed(text, str(path))
+    if suffix == ".json":
+        return _read_json(text, str(path), text_columns)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return datasets.Dataset.from_list([_object(line, f"{path}, line {number}", text_columns) for number, line in lines])
+
+
+def _read_delimited(path: Path, suffix: str, text_columns: Sequence[str]) -> pyarrow.Table:
+    as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(text_columns, pyarrow.string()))
+    form = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    if suffix == ".tsv":  # as GLUE and others publish them: a quotation mark is one
+        form = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
+    read_text(path)  # its own messages are better than pyarrow's
+    return pyarrow.csv.read_csv(path, convert_options=as_text, parse_options=form)
+
+
+def _read_json(text: str, where: str, text_columns: Sequence[str]) -> datasets.Dataset:
+    content = _parsed(text, where)
     if isinstance(content, list):
+        if content and all(isinstance(row, str) for row in content):
+            return datasets.Dataset.from_dict({TEXT_COLUMNS[0]: content})
         for number, row in enumerate(content):
-            _require_object(row, f"{path}, row {number}", text_columns)
+            _require_object(row, f"{where}, row {number}", text_columns)
         return datasets.Dataset.from_list(content)
-    _require_object(content, str(path), ())
+    _require_object(content, where, ())
     if isinstance(content.get("data"), list):
         return datasets.Dataset.from_list(_flatten_squad(content["data"]))
+    if content and not any(isinstance(column, list) for column in content.values()):
+        _require_object(content, where, text_columns)
+        return datasets.Dataset.from_list([content])  # one row
     return datasets.Dataset.from_dict(content)
 
 

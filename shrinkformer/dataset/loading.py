@@ -103,8 +103,8 @@ def load_examples(path: Path, task: Task) -> datasets.Dataset:
     """Load the user's own calibration examples; labels are not needed.
 
     Args:
-        path: a .jsonl, .json, .parquet or .csv file with the task's text columns, or a .txt file with one example per
-            line (the two texts of a pair separated by a tab). A sentence encoder needs one of its columns only.
+        path: a .jsonl, .json, .parquet, .csv or .tsv file with the task's text columns, or a .txt file with one example
+            per line (the two texts of a pair separated by a tab). A sentence encoder needs one of its columns only.
         task: the task that the examples are for.
 
     Returns:
