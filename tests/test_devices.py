@@ -198,9 +198,9 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("main", "family", "arguments"),
         [
-            (prune_bert.main, "bert", ["--task_name", "sst2", "--search_seconds", "0.1"]),
-            (prune_opt.main, "opt", ["--method", "stat", "--max_memory", "0.0001"]),
-            (prune_opt.main, "llama", ["--search_seconds", "0", "--dtype", "bfloat16"]),
+            (prune_bert.main, "bert", ["--task_name", "sst2", "--search_seconds", "0.1", "--mu", "0.6"]),
+            (prune_opt.main, "opt", ["--method", "stat", "--mu", "0.6", "--max_memory", "0.0001"]),
+            (prune_opt.main, "llama", ["--mu", "0.6", "--search_seconds", "0", "--dtype", "bfloat16"]),
             (quantize_opt.main, "opt", ["--quantizer", "gptq", "--group_size", "16", "--max_memory", "0.0001"]),
         ],
     )
@@ -220,6 +220,6 @@ class TestCommands:
         common = ["--model_name", "mine", "--data_dir", str(data), "--sample_batch_size", "16", "--device", NAME]
         if family != "bert":
             common += ["--sequence_length", "16", "--evaluation_windows", "2"]
-        assert main([*common, *arguments, *([] if "quantize" in main.__module__ else ["--mu", "0.6"])]) == 0
+        assert main([*common, *arguments]) == 0
         (report,) = Path("output").glob("mine/sst2.jsonl" if family == "bert" else "opt/mine.jsonl")
         assert json.loads(report.read_text())["device"].startswith(NAME)
