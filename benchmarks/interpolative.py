@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
-import threadpoolctl  # type: ignore[import-untyped]
+import threadpoolctl
 import torch
 from torch import Tensor
 

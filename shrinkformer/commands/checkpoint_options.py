@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shrinkformer.commands.flags import check_values, option
-from shrinkformer.commands.options import EXPORTS, require_writable
+from shrinkformer.commands.options import EXPORTS, require_writable, threads_option
 from shrinkformer.errors import InputError
 
 ONNX_FILE = Path("onnx") / "model.onnx"
@@ -61,6 +61,7 @@ class ExportOptions:
     dynamic_int8: bool = option(
         False, f"encoders: also write {INT8_FILE}", group="output", more="with 8-bit weights and activations"
     )
+    threads: int | None = threads_option(advanced=True)
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -1,8 +1,8 @@
 """``shrinkformer latency``: how long models take, side by side, and how much of the saved MACs is saved time."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,7 +77,8 @@ def compare(options: LatencyOptions) -> None:
         require_onnx_packages()
     if COMPILE in options.runtime:
         require_compiler(device)
-    with threads_of(options.threads) as threads, ExitStack() as stack:
+    threads = torch.get_num_threads()
+    with ExitStack() as stack:
         say(f"loading {', '.join(candidate.name for candidate in candidates)}")
         runs = open_models(candidates, options, device, threads, stack)
         rows = measure(candidates, runs, options, device, threads)
@@ -117,17 +118,6 @@ def _named(candidates: Sequence[Candidate]) -> list[Candidate]:
         numbered = [f"{name} ({number})" for number, name in enumerate(names, start=1)]
         names = longer if len(set(longer)) == len(longer) else numbered
     return [replace(one, name=name) for name, one in zip(names, candidates, strict=True)]
-
-
-@contextmanager
-def threads_of(count: int | None) -> Iterator[int]:
-    """So many threads for torch, or as many as it has; their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield count or before
-    finally:
-        torch.set_num_threads(before)
 
 
 Run = tuple[str, str, dict[str, Timed]]

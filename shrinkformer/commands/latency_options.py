@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shrinkformer.commands.flags import check_values, option
-from shrinkformer.commands.options import DTYPES, require_writable, resolve_device
+from shrinkformer.commands.options import DTYPES, require_writable, resolve_device, threads_option
 from shrinkformer.errors import InputError
 
 EAGER, COMPILE, ONNX = "eager", "compile", "onnx"
@@ -51,7 +51,7 @@ class LatencyOptions:
         choices=DTYPES,
         more="auto is float32, on a GPU as stored",
     )
-    threads: int | None = option(None, "threads on the CPU", group="method", more="as many as torch takes by default")
+    threads: int | None = threads_option(group="method")
     repeats: int = option(15, "timed runs of each model and shape", group="method")
     output: Path | None = option(None, "JSON lines are appended to this file", group="output")
     markdown: bool = option(False, "print the table as Markdown", group="output")
@@ -74,8 +74,6 @@ class LatencyOptions:
                     raise InputError(f"--{name} {value}: must be at least 1.")
         if self.repeats < 1:
             raise InputError(f"--repeats {self.repeats}: must be at least 1.")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"--threads {self.threads}: must be at least 1.")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: must not be negative.")
         self._check_runtimes()

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from shrinkformer.commands.flags import changed, check_values, option
 from shrinkformer.commands.tracking import TRACKERS, require_trackers
@@ -48,6 +48,27 @@ def require_fraction(mu: float) -> None:
     Budget(mu, sequence_length=1.0)
 
 
+def require_threads(count: int | None) -> None:
+    """Check a value of ``--threads``; None is the default.
+
+    Raises:
+        InputError: It is not positive.
+    """
+    if count is not None and count < 1:
+        raise InputError(f"--threads {count}: must be at least 1.")
+
+
+def threads_option(**more: Any) -> Any:
+    """``--threads``, the same for every command that computes; see :mod:`shrinkformer.utils.threads`."""
+    return option(
+        None,
+        "threads on the CPU",
+        check=require_threads,
+        more="by default OMP_NUM_THREADS, or as many as there are cores that this process may use",
+        **more,
+    )
+
+
 @dataclass(frozen=True)
 class EvaluateOptions:
     """What every command has that measures a model."""
@@ -74,6 +95,7 @@ class EvaluateOptions:
         32, "examples per forward pass", group="model", advanced=True, more="changes speed and memory, not results"
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:<n>", advanced=True)
+    threads: int | None = threads_option(advanced=True)
     max_memory: float | None = option(
         None,
         "GiB that weights and statistics may take",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from shrinkformer.commands.report_text import text_of
@@ -123,6 +124,7 @@ class Run:
             "given": self.given,
             "facts": dict(self.facts),
             "device": self.device,
+            "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), **versions()},
             "dense": self.dense.to_dict(),
         }

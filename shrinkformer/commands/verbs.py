@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from shrinkformer.commands.options import (
     EvaluateOptions,
 )
 from shrinkformer.commands.quantize_options import DecoderQuantizeOptions, EncoderQuantizeOptions
+from shrinkformer.utils.threads import threads_of, wait_passively
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -119,9 +121,11 @@ def _perform(command: Command, arguments: Sequence[str] | None, prog: str, kind:
         summary = f"{command.summary[0].upper()}{command.summary[1:]}."
         print(help_text(prog, summary, flags, everything="--help-all" in given))
         return
+    wait_passively()
     options = build_options(classes, flags, parse_flags(flags, given, prog), kind_of_model, **command.fixed)
     quiet_libraries()
-    work_of(command)(options)
+    with threads_of(options.threads) if hasattr(options, "threads") else nullcontext():
+        work_of(command)(options)
 
 
 def work_of(command: Command) -> Callable[[Any], None]:

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from time import perf_counter
 
 from torch import nn
 
@@ -24,6 +23,7 @@ from shrinkformer.prune.levels import BlockLevels
 from shrinkformer.prune.uniform import uniform_counts
 from shrinkformer.utils.journal import Journal
 from shrinkformer.utils.parallel import ALONE, Workers
+from shrinkformer.utils.work_time import Allowance
 
 _SLACK = 1e-9  # of the budget, for rounding in sums
 _STEPS = 96  # sizes of a feed-forward sublayer, at most
@@ -67,7 +67,7 @@ class Search:
         curves: Of each block.
         damage: Measures.
         costs: MACs or time of sizes, and the budget.
-        seconds: The improvement stops after so long.
+        seconds: The improvement stops after so long, not counting what other processes take.
         say: Gets a line for every round.
         workers: All of them stop at the same time.
         values: Measured by an interrupted run, and now.
@@ -134,9 +134,9 @@ class Search:
         plans = sorted((self._costs.sizes(counts) for counts in uniform_counts(self._costs)), key=self._expected)
         limit = _HOPELESS * self._expected(plans[0])
         self._say(f"first plan, all blocks alike: expected divergence {self._expected(plans[0]):.5f}")
-        began, best, least = self._clock(), plans[0], float("inf")
+        time, best, least = self._time(), plans[0], float("inf")
         for sizes in [sizes for sizes in plans if self._expected(sizes) <= limit]:
-            if not self._workers.broadcast(self._clock() - began < self._seconds):
+            if self._is_over(time):
                 break
             damage = self._measured(sizes)
             self._say(f"{sizes[0].heads} heads, {sizes[0].neurons} neurons: divergence {damage:.5f}")
@@ -187,10 +187,10 @@ class Search:
 
     def _improve(self, sizes: list[LayerSize]) -> Found:
         """Change what measurably helps, several parts at once, as long as that is worth the time."""
-        began, step, sweeps, first = self._clock(), 0.25, 0, sizes
+        time, step, sweeps, first = self._time(), 0.25, 0, sizes
         least = self._measured(sizes)
         self._say(f"measured divergence {least:.5f}")
-        while self._workers.broadcast(self._clock() - began < self._seconds) and step >= _SMALLEST_STEP:
+        while step >= _SMALLEST_STEP and not self._is_over(time):
             groups = self._neighbours(sizes, least, step)
             found = self._attempt(groups, sizes, least)
             sweeps += 1
@@ -265,9 +265,15 @@ class Search:
         digest = hashlib.blake2b(repr(list(sizes)).encode(), digest_size=8).hexdigest()
         return f"search, {name_of(self._costs.budget)}, {digest} {more}"
 
-    def _clock(self) -> float:
-        """Seconds, with those that an interrupted run took for what is taken up from it."""
-        return perf_counter() + self._values.spared
+    def _time(self) -> Allowance:
+        """What the search may take, what an interrupted run took for what is taken up from it included."""
+        return Allowance(self._seconds, lambda: self._values.spared)
+
+    def _is_over(self, time: Allowance) -> bool:
+        over = self._workers.broadcast(time.is_used())
+        if over and self._seconds:
+            self._say(f"search cut short after {time}; a longer --search_seconds would go on")
+        return over
 
     def _build(self, sizes: Sequence[LayerSize]) -> list[nn.Module]:
         return [level.build(size).block for level, size in zip(self._levels, sizes, strict=True)]

@@ -11,7 +11,8 @@ class ShrinkConfig:
     Attributes:
         whole_heads: Heads keep their width, so that blocks look like those of stock classes.
         search_seconds: Time after which the search for a better plan stops, for each budget; 0 takes the first plan.
-            A search that is cut short depends on the speed of the machine, one that ends by itself does not.
+            Time that other processes take does not count. A search that is cut short depends on the speed of the
+            machine, one that ends by itself does not.
         latency_shape: Examples and tokens of an input. If given, budgets are fractions of the time that all blocks take
             for it on this machine, not of MACs.
         say: Gets a line for every round of the search.

@@ -7,7 +7,6 @@ drafts of the planned model itself, and the knapsack takes those that help, seve
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from time import perf_counter
 
 from torch import nn
 
@@ -19,6 +18,7 @@ from shrinkformer.quantize.byte_costs import BITS, FEED_FORWARD
 from shrinkformer.quantize.byte_options import ByteOptions, Part, State
 from shrinkformer.quantize.drafts import Choice
 from shrinkformer.utils.parallel import ALONE, Workers
+from shrinkformer.utils.work_time import Allowance
 
 _CAUTION = (0.0, 0.004, 0.012, 0.03, 0.06)  # of the damage: what a change must promise, the more after failed attempts
 _STRESSES = (1.0, 2.0, 0.5, 4.0)
@@ -56,8 +56,8 @@ class ByteSearch:
     Args:
         options: What can be chosen.
         damage: Measures drafts.
-        seconds: The improvement stops after so long, for each plan. One that is cut short depends on the speed of the
-            machine, one that ends by itself does not.
+        seconds: The improvement stops after so long, for each plan, not counting what other processes take. One that
+            is cut short depends on the speed of the machine, one that ends by itself does not.
         say: Gets a line for every round.
         workers: All of them stop at the same time.
     """
@@ -72,7 +72,7 @@ class ByteSearch:
         workers: Workers = ALONE,
     ) -> None:
         self.options, self._damage, self._seconds, self._say, self._workers = options, damage, seconds, say, workers
-        self._end = 0.0
+        self._time = Allowance(seconds)
 
     def run(self, allowed: int) -> Mixture:
         """The best plan that was found for so many bytes.
@@ -80,7 +80,7 @@ class ByteSearch:
         Raises:
             BudgetError: Nothing is small enough.
         """
-        self._end = perf_counter() + self._seconds
+        self._time = Allowance(self._seconds)
         least = self.options.total({})
         least += sum(min(int(one.cost) for one in self.options.of(part)) for part in self.options.parts)
         if least > allowed:
@@ -90,6 +90,8 @@ class ByteSearch:
             )
         spare = allowed - self.options.total({})
         draft = self._improved(self._first(spare), spare)
+        if self._seconds and self._late():
+            self._say(f"search cut short after {self._time}; a longer --search_seconds would go on")
         self.options.leave()
         return Mixture(draft.state, draft.damage, self.options.total(draft.state))
 
@@ -130,7 +132,7 @@ class ByteSearch:
         return draft
 
     def _late(self) -> bool:
-        return self._workers.broadcast(perf_counter() >= self._end)
+        return self._workers.broadcast(self._time.is_used())
 
     def _attempt(self, groups: Sequence[Sequence[Option[Choice]]], draft: _Draft, allowed: int) -> _Draft | None:
         """The best combination of measured changes, with fewer of them as long as they do not add up."""

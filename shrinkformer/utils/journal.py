@@ -3,10 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import Any, TypeVar
 
 from shrinkformer.utils.files import write_atomically
+from shrinkformer.utils.work_time import work_seconds
 
 Value = TypeVar("Value")
 
@@ -25,7 +25,7 @@ class Journal:
         self._file, self._writes = file, writes
         self._known: dict[str, tuple[Any, float]] = {}
         self.spared = 0.0
-        """Seconds that it took to find what was taken up, so that limits in time hold for both runs together."""
+        """Seconds of work that it took to find what was taken up: limits in time hold for both runs together."""
         if file is not None and file.exists():
             self._read(file)
 
@@ -46,9 +46,9 @@ class Journal:
             self.spared += seconds
             known: Value = value
             return known
-        began = perf_counter()
+        began = work_seconds()
         found = find()
-        self.note(name, found, perf_counter() - began)
+        self.note(name, found, work_seconds() - began)
         return found
 
     def known(self, name: str) -> Any:
