@@ -8,12 +8,14 @@ from typing import Any
 
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.session import Job, Session
+from shrinkformer.evaluate.labels import outputs_of
 from shrinkformer.pictures.runs import number, read_runs
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import may_be_replaced
 from shrinkformer.prune.dependencies import EVALUATION_EXAMPLES
 from shrinkformer.prune.ledger import Ledger, code_identity
-from shrinkformer.prune.resume import examples_digest, fingerprint
+from shrinkformer.prune.objective import objective_of
+from shrinkformer.prune.resume import examples_digest, fingerprint, texts_digest
 from shrinkformer.utils.locks import exclusive
 
 _PLACES = ("model_name", "data_dir", "bundled_data", "calibration_file", "output_dir", "save_dir", "offload_dir")
@@ -83,6 +85,7 @@ def _identity(session: Session) -> dict[str, str]:
     flags = {field.name: getattr(options, field.name) for field in fields(options)}
     return {
         "weights of the model": fingerprint(session.model, files),
+        "head of the model": _head(session),
         "calibration examples": examples_digest(job.batches),
         EVALUATION_EXAMPLES: job.evaluation_digest(),
         **{f"--{name}": str(value) for name, value in flags.items() if name not in _WITHOUT_EFFECT},
@@ -90,6 +93,12 @@ def _identity(session: Session) -> dict[str, str]:
         "--device": job.device,
         **code_identity(),
     }
+
+
+def _head(session: Session) -> str:
+    """A digest of what is predicted, and of the names of the outputs, by which they are matched with labels."""
+    objective = session.job.objective or objective_of(session.model)
+    return texts_digest([*objective.facts(), *outputs_of(session.model.config)])
 
 
 def is_finished(session: Session, budget: Budget) -> bool:

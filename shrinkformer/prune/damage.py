@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.prune.divergence import Targets
-from shrinkformer.prune.objective import Objective, Predictions
+from shrinkformer.prune.objective import Objective, Predictions, predicts_words
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import BlockStream
@@ -33,7 +33,7 @@ class Damage:
         batches: Examples of all workers, of which some are used.
         objective: What it predicts.
         workers: Share the examples; all of them get the same figures.
-        tokens: In about so many tokens, less of language models.
+        tokens: In about so many tokens, less of models that predict words.
 
     Examples pass in bfloat16 where that is fast, both models alike.
     """
@@ -47,7 +47,7 @@ class Damage:
         tokens: int = TOKENS,
     ) -> None:
         self._model, self._device, self._objective = model, model.device, objective
-        if model.can_generate():  # every token is a prediction, and a long one
+        if predicts_words(model):  # every token is a prediction, and a long one
             tokens = min(tokens // 2, int(KEPT_NUMBERS / model.config.vocab_size))
         self._share = workers.share(spread(batches, max(1, tokens)))
         self.start()

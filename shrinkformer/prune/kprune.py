@@ -29,7 +29,7 @@ from shrinkformer.prune.masks import (
     wanted_outputs,
 )
 from shrinkformer.prune.names import KPRUNE, require_method
-from shrinkformer.prune.objective import Objective, Predictions, objective_of
+from shrinkformer.prune.objective import Objective, Predictions, objective_of, predicts_words
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import Pruned, timed
 from shrinkformer.prune.samples import spread
@@ -217,7 +217,7 @@ def _divergence_from(model: PreTrainedModel, batches: Batches, objective: Object
         with torch.no_grad():
             output = outputs_of(model, batches[index])
         found = Target(softened(objective.predictions(output, masks[index])))
-        if not model.can_generate():  # a language model's predictions take more room than time
+        if not predicts_words(model):  # such predictions take more room than time
             known[index] = found
         return found
 

@@ -113,6 +113,11 @@ class Objective:
         scaled = numbers / numbers.new_tensor(self.scale) if self.scale else numbers
         return Predictions((scaled,), distribution=False)
 
+    def facts(self) -> list[str]:
+        """All that tells this objective from others."""
+        weights = [tensor for module in self.sentence.behind for tensor in module.state_dict().values()]
+        return [self.logits.value, str(self.sentence), *(str(tensor.tolist()) for tensor in weights)]
+
     def scaled(self, model: PreTrainedModel, batches: Batches, workers: Workers = ALONE) -> "Objective":
         """The same, with numbers in units of their spread, so that no output counts more for being larger.
 
@@ -161,6 +166,11 @@ def objective_of(model: nn.Module) -> Objective:
 def is_headless(model: nn.Module) -> bool:
     """Whether a model gives states of tokens and nothing made of them."""
     return isinstance(model, PreTrainedModel) and model.base_model is model
+
+
+def predicts_words(model: PreTrainedModel) -> bool:
+    """Whether every token gets a distribution over the whole vocabulary: of language models, masked ones among them."""
+    return model.can_generate() or model.get_output_embeddings() is not None
 
 
 def sentence_head_of(location: str) -> SentenceHead:
