@@ -25,7 +25,9 @@ from shrinkformer.evaluate.labels import warn_below_chance
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.names import DEFAULT_METHOD, require_method
+from shrinkformer.prune.objective import objective_of
 from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.pooling import MEAN
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.received import receive
 from shrinkformer.prune.shrink_config import ShrinkConfig
@@ -153,13 +155,21 @@ def evaluate(
     if task not in TASKS:
         raise InputError(f"task {task!r} is not known; choose one of {', '.join([*TASKS, *CORPORA])}")
     chosen = get_task(task)
+    objective = objective_of(model) if chosen.kind == "similarity" else None
+    head = MEAN if objective is None else objective.sentence
     splits = {
         split: encode(
-            load_split(chosen, split, data_dir=folder, bundled=bundled_data), chosen, tokenizer, max_length=longest
+            load_split(chosen, split, data_dir=folder, bundled=bundled_data),
+            chosen,
+            tokenizer,
+            max_length=min(longest, head.longest or longest),
+            prepare=head.prepare,
         )
         for split in evaluation_splits(chosen, folder, bundled_data)
     }
-    metrics = evaluate_model(model, tokenizer, chosen, splits, batch_size=batch_size, device=device).metrics
+    metrics = evaluate_model(
+        model, tokenizer, chosen, splits, batch_size=batch_size, device=device, objective=objective
+    ).metrics
     warn_below_chance(chosen, metrics, model.config)
     return metrics
 

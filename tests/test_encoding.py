@@ -97,8 +97,10 @@ class TestWindows:
         for text, mask in zip(examples["context"], covered, strict=True):
             assert all(mask[place] or character.isspace() for place, character in enumerate(text))
 
-    def test_questions_are_not_taken_for_context(self):
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_questions_are_not_taken_for_context(self, side):
         tokenizer = made.bert_tokenizer()
+        tokenizer.padding_side = side  # by accident: what begins with a classification token was trained so
         encoded = encode(made.questions(1), get_task("squad"), tokenizer)
         question = tokenizer("who was seen by cat ?").input_ids
         assert encoded.features[0]["input_ids"][: len(question)] == question

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from shrinkformer.api import evaluate
 from shrinkformer.commands.prune_bert import main
 from shrinkformer.dataset.encoding import encode
 from shrinkformer.dataset.tasks import get_task
@@ -228,3 +229,44 @@ def test_a_model_inside_the_folder(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "old/modules.json").write_text(json.dumps(listed))
     assert main(["--model_name", str(tmp_path / "old"), "--task_name", "similarity", "--dry_run"]) == 2
     assert "its model lies in 0_Transformer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [{"do_lower_case": True}, {"max_seq_length": 7}, {"prompt": "the cat or "}])
+def test_texts_are_read_as_the_encoder_reads_them(how: dict[str, Any], pairs: datasets.Dataset, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    encoder(tmp_path, "mean")
+    folder = tmp_path / "encoder"
+    (folder / "sentence_bert_config.json").write_text(json.dumps({name: how[name] for name in how if name != "prompt"}))
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+    settings |= {
+        "prompts": {"query": how.get("prompt", "unused")},
+        "default_prompt_name": "query" if "prompt" in how else None,
+    }
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    target = tmp_path / "data/glue/stsb/validation.parquet"
+    target.parent.mkdir(parents=True)
+    loud = pairs.map(lambda row: {name: row[name].upper() for name in ("sentence1", "sentence2")})
+    loud.to_parquet(target)
+    theirs = SentenceTransformer(str(folder), device="cpu")
+    columns = [theirs.encode(list(loud[name])) for name in ("sentence1", "sentence2")]
+    own = spearmanr(theirs.similarity_pairwise(*columns).numpy(), pairs["label"]).statistic
+    model = type(theirs[0].auto_model).from_pretrained(folder)
+    tokenizer = build_tokenizer()
+    found = evaluate(model, tokenizer, "similarity", data_dir=tmp_path / "data")
+    assert found["spearmanr"] == pytest.approx(own, abs=1e-6)
+    other = read_head(folder)
+    assert other is not None
+    assert (other.prompt, other.lower, other.longest) == (
+        how.get("prompt", ""),
+        how.get("do_lower_case", False),
+        how.get("max_seq_length"),
+    )
+
+
+def test_a_prompt_that_pooling_leaves_out_is_refused(tmp_path: Path) -> None:
+    theirs = encoder(tmp_path, "mean", prompts={"query": "find: "}, default_prompt_name="query")
+    assert head_in_memory(theirs).prompt == "find: "
+    theirs[1].include_prompt = False
+    with pytest.raises(CheckpointError, match=r"names 'find: ' as default prompt, whose tokens Pooling leaves out"):
+        head_in_memory(theirs)

@@ -28,6 +28,7 @@ from shrinkformer.dataset.loading import evaluation_splits, load_examples, load_
 from shrinkformer.dataset.tasks import Task, get_task
 from shrinkformer.evaluate.evaluation import evaluate_model
 from shrinkformer.evaluate.paired import Scores
+from shrinkformer.prune.pooling import MEAN, SentenceHead
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.resume import texts_digest
@@ -58,7 +59,8 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
     source = find_model(options.model_name, task)
     objective = embeddings_of(source) if task.kind == "similarity" else None
     tokenizer = load_tokenizer(source)
-    calibration, evaluation = read_data(options, task, source, tokenizer)
+    head = MEAN if objective is None else objective.sentence
+    calibration, evaluation = read_data(options, task, source, tokenizer, head=head)
     require_label_names(source, task, [split.examples for split in evaluation.values()])
     require_fitting_tokens(source, [calibration.features, *(split.features for split in evaluation.values())])
     learnt = calibration.features if options.reads_examples else []
@@ -104,9 +106,24 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
 
 
 def read_data(
-    options: EncoderOptions, task: Task, source: Source, tokenizer: Any, *, evaluation_examples: int | None = None
+    options: EncoderOptions,
+    task: Task,
+    source: Source,
+    tokenizer: Any,
+    *,
+    evaluation_examples: int | None = None,
+    head: SentenceHead = MEAN,
 ) -> tuple[Encoded, Mapping[str, Encoded]]:
-    """The calibration examples, and the evaluation examples by split; if asked for, so many, taken from everywhere."""
+    """The calibration examples, and the evaluation examples by split.
+
+    Args:
+        options: Of the command.
+        task: The task.
+        source: The model.
+        tokenizer: Of the model.
+        evaluation_examples: So many of each split, taken from everywhere; all by default.
+        head: How a sentence encoder reads texts.
+    """
 
     def read(split: str) -> datasets.Dataset:
         return load_split(task, split, data_dir=options.data_dir, bundled=options.bundled_data)
@@ -119,14 +136,21 @@ def read_data(
 
     own = options.calibration_file
     longest = max_positions(source.config)
+    longest = min(longest, head.longest or longest)
     calibration = Encoded([], None, None, None)
     if options.reads_examples or own is not None:
         pool = read("train") if own is None else load_examples(own, task)
         calibration = sample_calibration(
-            pool, task, tokenizer, size=options.sample_batch_size, seed=options.seed, max_length=longest
+            pool,
+            task,
+            tokenizer,
+            size=options.sample_batch_size,
+            seed=options.seed,
+            max_length=longest,
+            prepare=head.prepare,
         )
     evaluation = {
-        split: encode(read_some(split), task, tokenizer, max_length=longest)
+        split: encode(read_some(split), task, tokenizer, max_length=longest, prepare=head.prepare)
         for split in evaluation_splits(task, options.data_dir, options.bundled_data)
     }
     return calibration, evaluation

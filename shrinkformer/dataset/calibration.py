@@ -1,5 +1,6 @@
 """Drawing the examples that pruning and quantization look at: same seed, same sample, whatever the batch size."""
 
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -45,7 +46,14 @@ def sample_indices(population: int, size: int, seed: int) -> npt.NDArray[np.int6
 
 
 def sample_calibration(
-    examples: datasets.Dataset, task: Task, tokenizer: Any, *, size: int, seed: int, max_length: int | None = None
+    examples: datasets.Dataset,
+    task: Task,
+    tokenizer: Any,
+    *,
+    size: int,
+    seed: int,
+    max_length: int | None = None,
+    prepare: Callable[[str], str] = str,
 ) -> Encoded:
     """Draw calibration examples and tokenise them.
 
@@ -57,6 +65,7 @@ def sample_calibration(
         size: examples to draw (``--sample_batch_size``).
         seed: of the draw.
         max_length: a limit below the task's own, in tokens.
+        prepare: what a sentence encoder does to each text first (similarity only).
 
     Returns:
         The encoded sample; ``examples`` in it holds the drawn rows only, in drawing order.
@@ -72,6 +81,6 @@ def sample_calibration(
     columns = [name for name in task.columns if name in drawn.column_names]
     if not columns:
         raise DataError(f"the examples have none of the columns {', '.join(task.columns)}; task {task.name} needs one")
-    sentences = [text for row in zip(*(drawn[name] for name in columns), strict=True) for text in row]
+    sentences = [prepare(text) for row in zip(*(drawn[name] for name in columns), strict=True) for text in row]
     limit = length_limit(task, tokenizer, max_length)
     return Encoded(encode_texts(sentences, tokenizer, limit), None, None, drawn)

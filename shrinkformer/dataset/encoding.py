@@ -1,6 +1,6 @@
 """From texts to token ids: once per data set, unpadded, so that batch size and padding are nobody's concern later."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,14 @@ class Encoded:
         return self.tokens / len(self.features) if self.features else 0.0
 
 
-def encode(examples: datasets.Dataset, task: Task, tokenizer: Any, *, max_length: int | None = None) -> Encoded:
+def encode(
+    examples: datasets.Dataset,
+    task: Task,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    prepare: Callable[[str], str] = str,
+) -> Encoded:
     """Tokenise examples for a task.
 
     Args:
@@ -73,6 +80,7 @@ def encode(examples: datasets.Dataset, task: Task, tokenizer: Any, *, max_length
         task: the task.
         tokenizer: a transformers tokenizer; question answering needs a fast one.
         max_length: a limit below the task's own, in tokens.
+        prepare: what a sentence encoder does to each text first (similarity only).
 
     Returns:
         The unpadded features. Inputs longer than the least of ``task.max_length``, the tokenizer's ``model_max_length``
@@ -91,7 +99,7 @@ def encode(examples: datasets.Dataset, task: Task, tokenizer: Any, *, max_length
         return Encoded(features, None, windows, examples)
     texts = [examples[name][:] for name in task.columns]
     if task.kind == "similarity":
-        features = encode_texts(texts[0] + texts[1], tokenizer, limit)
+        features = encode_texts([prepare(text) for text in texts[0] + texts[1]], tokenizer, limit)
     else:
         features = _rows(tokenizer(*texts, truncation=True, max_length=limit, padding=False))
     labels = examples[task.label_column][:] if task.label_column in examples.column_names else None

@@ -4,7 +4,7 @@ Source: the modules of sentence-transformers; in its layout ``modules.json`` nam
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from shrinkformer.trust.json_files import read_json, read_object
 Array = NDArray[np.float32]
 
 _SETTINGS = "config_sentence_transformers.json"
+
+_READING = ("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json")
 
 _MODES = {
     "pooling_mode_cls_token": "cls",
@@ -103,11 +105,22 @@ class SentenceHead:
         poolings: Names of :data:`POOLINGS`; several are put side by side.
         behind: What the pooled states pass, in turn.
         similarity: How two embeddings are compared: ``cosine``, ``dot``, ``euclidean`` or ``manhattan``.
+        prompt: What stands before every text.
+        lower: Whether texts are read in small letters.
+        longest: Tokens of a text that are read at most; None for as many as the model takes.
     """
 
     poolings: tuple[str, ...] = ("mean",)
     behind: tuple[nn.Module, ...] = (Normalize(),)
     similarity: str = "cosine"
+    prompt: str = ""
+    lower: bool = False
+    longest: int | None = None
+
+    def prepare(self, text: str) -> str:
+        """A text as the tokenizer gets it."""
+        text = self.prompt + text
+        return text.lower() if self.lower else text
 
     @property
     def of_unit_length(self) -> bool:
@@ -149,7 +162,8 @@ class SentenceHead:
         pooled = " and ".join(self.poolings)
         behind = ", ".join(type(module).__name__.lower() for module in self.behind)
         measure = {"cosine": "the cosine", "dot": "the product"}.get(self.similarity, f"the {self.similarity} distance")
-        return f"{measure} of their embeddings (pooling: {pooled}{'; then ' if behind else ''}{behind})"
+        prompt = f"; each behind {shortened(repr(self.prompt))}" if self.prompt else ""
+        return f"{measure} of their embeddings (pooling: {pooled}{'; then ' if behind else ''}{behind}{prompt})"
 
 
 MEAN = SentenceHead()
@@ -171,7 +185,16 @@ def read_head(folder: Path) -> SentenceHead | None:
         config = read_object(path / "config.json") if (path / "config.json").is_file() else {}
         found.append((module["type"].rpartition(".")[2], config, module_weights(path)))
     settings = read_object(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
-    return _head(found, settings.get("similarity_fn_name"), str(folder / MODULES))
+    reading = next((folder / name for name in _READING if (folder / name).is_file()), None)
+    texts = read_object(reading) if reading is not None else {}
+    head = _head(found, settings.get("similarity_fn_name"), str(folder / MODULES))
+    longest = texts.get("max_seq_length")
+    return replace(
+        head,
+        prompt=_default_prompt(settings.get("default_prompt_name"), settings.get("prompts"), found),
+        lower=bool(texts.get("do_lower_case")),
+        longest=longest if isinstance(longest, int) and longest > 0 else None,
+    )
 
 
 def head_in_memory(encoder: Any) -> SentenceHead:
@@ -181,7 +204,31 @@ def head_in_memory(encoder: Any) -> SentenceHead:
         CheckpointError: It has a module that this package does not know.
     """
     found = [(type(module).__name__, module.get_config_dict(), module.state_dict()) for module in list(encoder)[1:]]
-    return _head(found, encoder.similarity_fn_name, type(encoder).__name__)
+    head = _head(found, encoder.similarity_fn_name, type(encoder).__name__)
+    first = encoder[0]
+    return replace(
+        head,
+        prompt=_default_prompt(encoder.default_prompt_name, encoder.prompts, found),
+        lower=bool(getattr(first, "do_lower_case", False)),
+        longest=getattr(first, "max_seq_length", None),
+    )
+
+
+def _default_prompt(name: Any, prompts: Any, modules: Sequence[tuple[str, Any, Any]]) -> str:
+    """What stands before texts by default.
+
+    Raises:
+        CheckpointError: Its tokens are left out of the pooling, which takes to know how many they are.
+    """
+    found = prompts.get(name) if isinstance(prompts, Mapping) and name is not None else None
+    if not isinstance(found, str) or not found:
+        return ""
+    if any(kind == "Pooling" and config.get("include_prompt") is False for kind, config, _ in modules):
+        raise CheckpointError(
+            f"{_SETTINGS} names {shortened(repr(found))} as default prompt, whose tokens Pooling leaves out "
+            "(include_prompt); this is not supported: set default_prompt_name to null."
+        )
+    return found
 
 
 def _head(modules: Sequence[tuple[str, Any, Any]], similarity: str | None, where: str) -> SentenceHead:
