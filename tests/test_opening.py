@@ -12,11 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
+import shrinkformer
 from shrinkformer.commands.locate import Source, load_model
 from shrinkformer.errors import CheckpointError, ShrinkformerWarning
 from shrinkformer.prune.lazy import load_lazily
 from shrinkformer.prune.opening import load_pretrained, open_config
-from tests.conftest import FAMILIES, build_model
+from shrinkformer.prune.tensors import wholes_of
+from shrinkformer.quantize.checkpoint import save
+from shrinkformer.quantize.config import QuantizeConfig
+from shrinkformer.quantize.quantizer import quantize_
+from tests.conftest import FAMILIES, build_model, make_batches
 
 State = dict[str, Tensor]
 
@@ -125,6 +130,20 @@ class TestTensors:
         folder = checkpoint(tmp_path, family, change=added(name), as_bin=as_bin)
         with pytest.raises(CheckpointError, match=f"has no place for {name}.*{said}"):
             open_config(folder)
+
+    def test_quantized_too(self, tmp_path: Path) -> None:
+        model, name = build_model("llama"), "model.layers.1.self_attn.q_norm.weight"
+        found = quantize_(model, make_batches([9, 5], batch_size=2), QuantizeConfig(group_size=16, quantizer="rtn"))
+        folder = save(model, found.weights, tmp_path / "q")
+        shrinkformer.load(folder)
+        state = load_file(folder / "model.safetensors")
+        save_file(added(name)(state), folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"has no place for {name}"):
+            open_config(folder)
+
+    def test_parts_of_packed_weights_have_their_place(self) -> None:
+        assert "a.b.weight" in wholes_of("a.b.weight.quant_state.bitsandbytes__nf4")
+        assert "a.b.weight" in wholes_of("a.b.weight_scale")
 
     def test_in_memory_and_block_by_block_too(self, tmp_path: Path) -> None:
         name = "model.layers.1.self_attn.q_norm.weight"

@@ -66,7 +66,8 @@ def _count(model: PreTrainedModel, blocks: list[int]) -> int:
     path = find_architecture(model.config.model_type).layers
     every = base.get_submodule(path)
     base.set_submodule(path, nn.ModuleList(every[index] for index in blocks))
-    ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
+    ids = torch.full((1, _TOKENS), (model.config.pad_token_id or 0) + 1)  # no padding, which some classes warn of
+    ids %= model.config.vocab_size
     try:
         return count_matmul_macs(base, {"input_ids": ids.to("meta")})
     except RuntimeError:  # something asks for a value

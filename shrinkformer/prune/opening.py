@@ -18,7 +18,7 @@ from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.corrected import correct_class, correct_dtype, correct_heads, correct_tying
 from shrinkformer.prune.sentence_encoder import MODULES, module_folders
-from shrinkformer.prune.tensors import AGAIN, require_all, require_used, stored_names
+from shrinkformer.prune.tensors import AGAIN, require_all, require_used, stored_names, wholes_of
 from shrinkformer.trust.configs import CONFIG, read_config, require_section
 from shrinkformer.trust.entries import require_known_entries
 from shrinkformer.trust.folders import ADAPTER, adapter_in, require_own_files
@@ -92,8 +92,11 @@ def require_weights(folder: Path, config: PreTrainedConfig) -> None:
     correct_dtype(config, headers, folder)
     correct_class(config, headers, find_architecture(config.model_type), folder / CONFIG)
     model = shapes_of(config, folder)
-    if getattr(config, "quantization_config", None) is not None:
-        return  # names and shapes of packed integers are checked when they are unpacked
+    if getattr(config, "quantization_config", None) is not None:  # shapes are checked when integers are unpacked
+        wholes = {name: wholes_of(name) for name in headers}
+        placed = set(stored_names(model, {name for some in wholes.values() for name in some}).values())
+        require_used(model, [name for name, some in wholes.items() if not placed & some], f"{folder}: ")
+        return
     known, stored = model.state_dict(), stored_names(model, headers)
     for name, key in stored.items():
         wanted, found = tuple(known[name].shape), headers[key].shape
@@ -147,7 +150,10 @@ def fetch_weights(location: str, config: PreTrainedConfig) -> None:
     """
     if Path(location).is_dir():
         return  # checked when it was opened
-    if cached_file(location, ADAPTER, _raise_exceptions_for_missing_entries=False) is not None:
+    quietly = {
+        f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
+    }
+    if cached_file(location, ADAPTER, **quietly) is not None:
         raise CheckpointError(adapter_in(location))
     for name in WEIGHT_FILES:
         found = cached_file(location, name, _raise_exceptions_for_missing_entries=False)

@@ -108,6 +108,17 @@ def require_used(model: PreTrainedModel, unused: Iterable[str], where: str) -> N
     )
 
 
+def wholes_of(name: str) -> set[str]:
+    """A tensor of a quantized file, and all weights that it may be a part of.
+
+    >>> sorted(wholes_of("a.b.qweight"))
+    ['a', 'a.b', 'a.b.qweight', 'a.b.weight', 'a.weight']
+    """
+    steps = name.split(".")
+    above = {".".join(steps[:end]) for end in range(1, len(steps))}
+    return {name, *above, *(f"{path}.weight" for path in above)}
+
+
 def is_optional(name: str) -> bool:
     """Whether a tensor may be missing or superfluous, see :data:`OPTIONAL`."""
     return any(part in name for part in OPTIONAL)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from shrinkformer.architectures import LayerView, Projection, layer_views
 from shrinkformer.errors import InputError
 from shrinkformer.prune.columns import ColumnSurvey, warn_of_few_tokens
+from shrinkformer.prune.counted import require_counted
 from shrinkformer.prune.fisher import output_metrics
 from shrinkformer.prune.guarded import learn_guarded
 from shrinkformer.prune.health import require_finite_outputs
@@ -87,6 +88,7 @@ def quantize_(
     given = receive(model, batches, tokenizer=tokenizer, objective=objective)
     model, batches, objective = given.model, given.batches, given.objective
     if dense is None:
+        require_counted(model)
         require_groups(model, config)
     require_outside(model, config)
     require_formats(model, config, formats)
