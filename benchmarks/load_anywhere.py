@@ -159,7 +159,7 @@ def write(model: PreTrainedModel, weights: dict[str, QuantizedWeight], folder: P
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if getattr(model.config, "shrinkformer", None):
-        complete(folder, type(model), plan=None, card=None)
+        complete(folder, model.config, type(model), plan=None, card=None)
     if section is not None:
         file = folder / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": section}, indent=2))

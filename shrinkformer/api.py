@@ -24,6 +24,7 @@ from shrinkformer.evaluate.evaluation import evaluate_model
 from shrinkformer.evaluate.labels import warn_below_chance
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.names import DEFAULT_METHOD, require_method
 from shrinkformer.prune.objective import objective_of
 from shrinkformer.prune.plan import Plan
@@ -32,6 +33,7 @@ from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.received import receive
 from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.stream import mean_length
+from shrinkformer.prune.surgery import take_blocks
 from shrinkformer.quantize.checkpoint import load
 from shrinkformer.quantize.quantizer import quantize_
 
@@ -112,7 +114,8 @@ def prune_(model: Any, calibration: Any, config: PruneConfig | None = None, *, t
         inner, given.batches, method=config.method, seed=config.seed, config=config.shrink, objective=given.objective
     )
     pruned = calibrated.prune(config.budget(length))
-    inner.__dict__ = vars(pruned.model)
+    take_blocks(inner, pruned.model)
+    describe_sizes(inner, pruned.plan)
     inner.train(training)
     return pruned.plan
 

@@ -11,7 +11,7 @@ from yaml import YAMLError
 from shrinkformer.commands.locate import Source
 from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.dataset.tasks import TASKS
-from shrinkformer.prune.checkpoint import auto_class
+from shrinkformer.prune.pruned_modeling import auto_class
 from shrinkformer.prune.side_files import SIDE_PATTERNS
 from shrinkformer.utils.hub import NAME, some_files
 

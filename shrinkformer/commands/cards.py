@@ -14,8 +14,8 @@ from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.evaluate.paired import STDERR, names_of
 from shrinkformer.pictures.columns import figure
 from shrinkformer.pictures.runs import DECODED, heading
-from shrinkformer.prune.checkpoint import auto_class
 from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.pruned_modeling import auto_class
 from shrinkformer.prune.sites import EMBEDDINGS, POSITIONS
 from shrinkformer.quantize.config import Quantized
 from shrinkformer.quantize.names import ONNX

@@ -17,9 +17,10 @@ from shrinkformer.efficiency.macs import LayerSize, attention_macs, neuron_macs
 from shrinkformer.efficiency.size import count_parameters
 from shrinkformer.errors import InputError, ShrinkformerError
 from shrinkformer.prune.budget import layer_sizes
-from shrinkformer.prune.checkpoint import PLAN_FILE, auto_class
+from shrinkformer.prune.checkpoint import PLAN_FILE
 from shrinkformer.prune.opening import open_config, shapes_of
 from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.pruned_modeling import auto_class
 from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.quantize.headers import READABLE, StoredTensor, block_of, read_headers, read_quantization
 from shrinkformer.trust.foreign import reason_of

@@ -27,10 +27,10 @@ from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelError
 from shrinkformer.evaluate.labels import label_columns
 from shrinkformer.prune import pruned_modeling
-from shrinkformer.prune.checkpoint import auto_class
 from shrinkformer.prune.lazy import load_lazily
 from shrinkformer.prune.objective import Objective, sentence_head_of
 from shrinkformer.prune.opening import fetch_weights, load_pretrained, open_config
+from shrinkformer.prune.pruned_modeling import auto_class
 from shrinkformer.prune.resources import BlockWeights, InMemory
 from shrinkformer.prune.sentence_encoder import inner_model
 from shrinkformer.quantize.checkpoint import load

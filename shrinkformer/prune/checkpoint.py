@@ -6,11 +6,9 @@ because the stock classes of transformers do not yet. Where all blocks are alike
 configuration can say what they are, the folder is that of a stock model, with no code and no section of ours.
 """
 
+import copy
 import importlib.metadata
-import inspect
-import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,18 +32,7 @@ from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.utils.files import new_folder
 
 FORMAT = 1
-PLAN_FILE = "shrinkformer_plan.json"
-
-_AUTO_CLASSES = {
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForMultipleChoice": "AutoModelForMultipleChoice",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-}
-"""The Auto class of a model with a head, by how the name of its class ends."""
+PLAN_FILE = pruned_modeling.PLAN_FILE
 
 
 def save(
@@ -78,7 +65,7 @@ def save(
     describe_sizes(model, plan)
     with replacing(Path(directory)) as folder:
         model.save_pretrained(folder)
-        complete(folder, type(model), plan=plan, card=card)
+        complete(folder, model.config, type(model), plan=plan, card=card)
         add_side_files(folder, model, source=extras_from, tokenizer=tokenizer, sentence_encoder=sentence_encoder)
     return Path(directory)
 
@@ -103,36 +90,38 @@ def may_be_replaced(folder: Path) -> bool:
 
 def complete(
     folder: Path,
+    config: PreTrainedConfig,
     kind: type[PreTrainedModel],
     *,
     plan: Plan | None,
     card: str | None,
 ) -> None:
-    """Add to weights and configuration what makes a folder load anywhere: classes, plan, model card.
+    """Add to weights what makes a folder load anywhere: configuration and classes, plan, model card.
 
-    A configuration without our section is that of a stock model, which needs no classes.
+    A configuration without our section is that of a stock model, which needs no classes; another brings them along.
     """
-    stock = stock_class(kind)  # a model that came from load() has our class; its config must name the stock one
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text())
-    config["architectures"] = [stock.__name__]
-    code = Path(inspect.getfile(pruned_modeling))
-    if config.get("shrinkformer"):
-        config["auto_map"] = _auto_map(stock)
-        shutil.copyfile(code, folder / code.name)
-    else:  # save_pretrained copies the code of classes that came from a folder with code
-        config.pop("auto_map", None)
-        (folder / code.name).unlink(missing_ok=True)
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / PLAN_FILE).write_text(plan.to_json() if plan is not None else "{}")
+    own = copy.deepcopy(config)
+    own.architectures = [stock_class(kind).__name__]  # classes of users are not there for others
+    if is_stock(own):  # save_pretrained copies the code of classes that came from a folder with code
+        own.__dict__.pop("auto_map", None)
+        (folder / Path(pruned_modeling.__file__).name).unlink(missing_ok=True)
+    own.save_pretrained(folder)
+    if plan is not None:
+        (folder / PLAN_FILE).write_text(plan.to_json())
+    elif not (folder / PLAN_FILE).exists():
+        (folder / PLAN_FILE).write_text("{}")
     if card is not None:
         (folder / "README.md").write_text(card)
 
 
 def describe_sizes(model: PreTrainedModel, plan: Plan | None = None) -> None:
-    """Write the real size of every block, and where it came from, into ``model.config``."""
+    """Write the real size of every block, and where it came from, into ``model.config``.
+
+    The model, and every stock model around it that shares the configuration, then saves itself whole by any tool.
+    """
     views = layer_views(model)
     describe(model.config, layer_sizes(views), plan)
+    pruned_modeling.adopt(model)
 
 
 def describe(config: PreTrainedConfig, sizes: Sequence[LayerSize], plan: Plan | None) -> None:
@@ -148,22 +137,26 @@ def describe(config: PreTrainedConfig, sizes: Sequence[LayerSize], plan: Plan | 
     values = stock_values(architecture, sizes, config)
     if values is not None:
         config.per_layer_config = None
-        for name in ("shrinkformer", "auto_map"):  # of the folder that the model came from
-            if hasattr(config, name):
-                delattr(config, name)
+        for name in ("shrinkformer", "auto_map", "plan_text"):  # of the folder that the model came from
+            config.__dict__.pop(name, None)
         config.update(values)
+        pruned_modeling.adopt_config(config)
         return
     keys = (architecture.heads_key, architecture.neurons_key)
     config.per_layer_config = {
         index: {key: size for key, size in zip(keys, (layer.heads, layer.neurons), strict=True) if key}
         for index, layer in enumerate(sizes)
     }
-    section: dict[str, Any] = {
-        **(getattr(config, "shrinkformer", None) or {}),
+    section: dict[str, Any] = dict(getattr(config, "shrinkformer", None) or {})
+    layers = [kept_sizes(layer) for layer in sizes]
+    if section.get("layers") != layers:  # what is known of another plan does not hold
+        section.pop("plan", None)
+        config.plan_text = None
+    section |= {
         "format": FORMAT,
         "architecture": architecture.to_dict(),
         "head_size": max(layer.head_size for layer in sizes),
-        "layers": [kept_sizes(layer) for layer in sizes],
+        "layers": layers,
         "versions": {
             "shrinkformer": importlib.metadata.version("shrinkformer"),
             "transformers": transformers.__version__,
@@ -180,7 +173,9 @@ def describe(config: PreTrainedConfig, sizes: Sequence[LayerSize], plan: Plan | 
             "macs": plan.macs,
             "heads": [list(layer.heads) for layer in plan.layers],  # which; neurons stand in the plan's own file
         }
+        config.plan_text = plan.to_json()
     config.shrinkformer = section
+    pruned_modeling.adopt_config(config)
 
 
 def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
@@ -219,23 +214,3 @@ def written_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedMode
 def stock_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of transformers that a model's class is made from, or is."""
     return next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))
-
-
-def auto_class(architecture: str) -> str:
-    """The Auto class that opens a model by the name of its class: ``AutoModel`` where it has no head that we know."""
-    return _AUTO_CLASSES.get(_head(architecture), "AutoModel")
-
-
-def _head(architecture: str) -> str:
-    return next((suffix for suffix in _AUTO_CLASSES if architecture.endswith(suffix)), "Model")
-
-
-def _auto_map(stock: type[PreTrainedModel]) -> dict[str, str]:
-    """Which class of the folder each Auto class should use."""
-    module = Path(inspect.getfile(pruned_modeling)).stem
-    head = _head(stock.__name__)
-    family = stock.__name__.removesuffix(head)
-    entries = {"AutoModel": f"{module}.{family}Model"}
-    if head in _AUTO_CLASSES:
-        entries[_AUTO_CLASSES[head]] = f"{module}.{stock.__name__}"
-    return entries

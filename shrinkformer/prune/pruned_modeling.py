@@ -4,11 +4,13 @@ Every checkpoint that shrinkformer writes holds a copy of this file, so it must 
 transformers. It turns a stock class into one whose blocks have the sizes in ``config.shrinkformer["layers"]``:
 this file's ``BertForQuestionAnswering`` is that of transformers with smaller linear layers, nothing else. The names are
 the same, because pipelines, trainers and exporters look at them. The classes are made on demand (PEP 562), because the
-set of stock classes is not ours to list.
+set of stock classes is not ours to list. Configurations bring this file along wherever they are saved, so that whatever
+saves the model, ``save_pretrained``, a Trainer or sentence-transformers, makes a folder that loads again.
 """
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+PLAN_FILE = "shrinkformer_plan.json"
+
 _CACHE_LINE = 64
+
+_AUTO_CLASSES = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForMultipleChoice": "AutoModelForMultipleChoice",
+    "ForNextSentencePrediction": "AutoModelForNextSentencePrediction",
+    "ForPreTraining": "AutoModelForPreTraining",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+}
+"""The Auto class of a model with a head, by how the name of its class ends."""
 
 
 def set_block_sizes(
@@ -91,15 +108,10 @@ def narrow_attention(stock: Any) -> Any:
         return (context, *rest)
 
     def __reduce_ex__(self: Any, _protocol: Any) -> Any:  # noqa: N807
-        return _empty_attention, (stock,), self.__dict__  # classes made on demand are not found by name
+        return _empty, (narrow_attention, stock), self.__dict__  # classes made on demand are not found by name
 
-    own = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": __name__, "stock": stock}
+    own = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": __name__, "made_from": stock}
     return type(stock.__name__, (stock,), own)
-
-
-def _empty_attention(stock: Any) -> Any:
-    made = narrow_attention(stock)
-    return made.__new__(made)
 
 
 class _Widened:
@@ -140,7 +152,13 @@ def _cut(context: Tensor, narrow: int, wide: int) -> Tensor:
 
 def _stock(made: Any) -> Any:
     """The class that one of this file's was made from; another class is its own."""
-    return vars(made).get("stock", made)
+    return vars(made).get("made_from", made)
+
+
+def _empty(make: Callable[[Any], Any], stock: Any) -> Any:
+    """For pickle: an object of a class that is made on demand, before it gets its state."""
+    made = make(stock)
+    return made.__new__(made)
 
 
 def _resize(block: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None) -> None:
@@ -151,7 +169,8 @@ def _resize(block: nn.Module, path: str, *, inputs: int | None = None, outputs: 
     with torch.device("meta"):  # no random numbers are drawn: the weights come from the checkpoint or from the surgery
         new = Conv1D(sizes[1], sizes[0]) if transposed else nn.Linear(*sizes, bias=old.bias is not None)
     new = new.to(old.weight.dtype).to_empty(device=old.weight.device)
-    new.weight.requires_grad_(old.weight.requires_grad)
+    for parameter, name in ((old.get_parameter(name), name) for name, _ in new.named_parameters()):
+        new.get_parameter(name).requires_grad_(parameter.requires_grad)
     parent, _, name = path.rpartition(".")
     setattr(block.get_submodule(parent), name, new)
 
@@ -164,6 +183,28 @@ def resize_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         set_block_sizes(block, section["architecture"], **sizes)
 
 
+def adopt(model: PreTrainedModel) -> None:
+    """Give a model, the base model in it and their configuration the classes that load and save it whole; in place.
+
+    They are stock classes again where the configuration has no sizes of blocks. Classes of users stay as they are.
+    """
+    adopt_config(model.config)
+    for part in (model, model.base_model):
+        stock = _stock(type(part))
+        known = _is_sized(model.config) and getattr(transformers, stock.__name__, None) is stock
+        part.__class__ = pruned_class(stock) if known else stock
+
+
+def adopt_config(config: PreTrainedConfig) -> None:
+    """Give a configuration the class that brings this file along, or that of transformers; in place."""
+    stock = _stock(type(config))
+    config.__class__ = pruned_config(stock) if _is_sized(config) else stock
+
+
+def _is_sized(config: PreTrainedConfig) -> bool:
+    return bool((getattr(config, "shrinkformer", None) or {}).get("layers"))
+
+
 def align(model: nn.Module) -> None:
     """Copy weights that begin in the middle of a cache line, as they do where a file is mapped; in place.
 
@@ -174,7 +215,8 @@ def align(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+@functools.cache
+def pruned_class(stock: Any) -> type[PreTrainedModel]:
     """The class that loads pruned checkpoints of a stock class, such as ``BertModel``."""
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -185,28 +227,84 @@ def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             stock.__init__(self, config, *args, **kwargs)
         finally:
             config.per_layer_config = overrides
-        if (getattr(config, "shrinkformer", None) or {}).get("layers"):  # overrides cannot say widths of heads
+        if _is_sized(config):  # overrides cannot say widths of heads
             resize_model(self, config)
+            adopt(self)
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         found = super(made, cls).from_pretrained(*args, **kwargs)
-        align(found[0] if isinstance(found, tuple) else found)
+        model = found[0] if isinstance(found, tuple) else found
+        align(model)
+        folder = model.config.name_or_path
+        if folder and (plan := Path(folder, PLAN_FILE)).is_file():
+            model.config.plan_text = plan.read_text(encoding="utf-8")
         return found
 
     # Weights have the stock class's names, so its renames between versions of transformers hold for ours as well.
-    own = {"__init__": __init__, "from_pretrained": classmethod(from_pretrained)}
+    own = {"__init__": __init__, "from_pretrained": classmethod(from_pretrained), "made_from": stock}
     own |= {"is_custom_code": classmethod(lambda _cls: stock.is_custom_code())}
     # ``__module__`` must be this file: ``save_pretrained`` copies the file of the class into the new checkpoint.
     made: type[PreTrainedModel] = type(stock.__name__, (stock,), {**own, "__module__": __name__})
     return made
 
 
+@functools.cache
+def pruned_config(stock: Any) -> Any:
+    """The class of configurations that bring along, wherever they are saved, what reads the sizes in them.
+
+    Whatever saves a model saves its configuration: stock models around a pruned one, too, which share it.
+    """
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        folder, code = Path(save_directory), Path(__file__)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / code.name).write_bytes(code.read_bytes())
+        if self.__dict__.get("plan_text"):
+            (folder / PLAN_FILE).write_text(self.plan_text, encoding="utf-8")
+        self.auto_map = _auto_map(self)
+        stock.save_pretrained(self, save_directory, *args, **kwargs)
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        entries: dict[str, Any] = stock.to_dict(self)
+        entries.pop("plan_text", None)  # has a file of its own
+        return entries
+
+    def __reduce_ex__(self: Any, _protocol: Any) -> Any:  # noqa: N807
+        return _empty, (pruned_config, stock), self.__dict__
+
+    own = {"save_pretrained": save_pretrained, "to_dict": to_dict, "__reduce_ex__": __reduce_ex__, "made_from": stock}
+    return type(stock.__name__, (stock,), {**own, "__module__": stock.__module__})
+
+
+def auto_class(architecture: str) -> str:
+    """The Auto class that opens a model by the name of its class: ``AutoModel`` where it has no head that we know."""
+    return next((auto for ending, auto in _AUTO_CLASSES.items() if architecture.endswith(ending)), "AutoModel")
+
+
+def _auto_map(config: PreTrainedConfig) -> dict[str, str]:
+    """Which class of the folder each Auto class should use."""
+    module, name = Path(__file__).stem, (config.architectures or [""])[0]
+    base: Any = transformers.MODEL_MAPPING[_stock(type(config))]
+    entries = {"AutoModel": f"{module}.{base.__name__}"}
+    if auto_class(name) != "AutoModel" and hasattr(transformers, name):
+        entries[auto_class(name)] = f"{module}.{name}"
+    return entries
+
+
 def __getattr__(name: str) -> Any:
     stock = getattr(transformers, name, None)
     if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = made = pruned_class(stock)
-    return made
+    return pruned_class(stock)
 
 
-__all__ = ["align", "pruned_class", "resize_model", "set_block_sizes"]
+__all__ = [
+    "adopt",
+    "adopt_config",
+    "align",
+    "auto_class",
+    "pruned_class",
+    "pruned_config",
+    "resize_model",
+    "set_block_sizes",
+]

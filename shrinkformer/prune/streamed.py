@@ -97,8 +97,7 @@ def _prune_to_folder(
         plan = calibrated.plan(budget, counts, layers)
         describe(config, CostModel.of(layer_views(model), budget).sizes(counts), plan)
         config.dtype = dtype
-        config.save_pretrained(folder)
-        complete(folder, type(model), plan=plan, card=None)
+        complete(folder, config, type(model), plan=plan, card=None)
         add_side_files(folder, model, source=extras_from, tokenizer=tokenizer)
     return plan, seconds
 

@@ -50,6 +50,15 @@ def with_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module], config: Pre
     return copy.deepcopy(model, {**replaced, id(model.config): config})
 
 
+def take_blocks(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
+    """Give a model the blocks of its smaller copy, in place; everything around them stays the same objects."""
+    for old, new in zip(layer_views(model), layer_views(smaller), strict=True):
+        for module in new.block.modules():
+            if getattr(module, "config", None) is smaller.config:
+                module.config = model.config
+        model.base_model.set_submodule(f"{old.architecture.layers}.{old.index}", new.block)
+
+
 @torch.no_grad()
 def remove_heads(view: LayerView, kept: Tensor, consumer: Consumer) -> None:
     """Remove the heads of a block that are not kept; in place.

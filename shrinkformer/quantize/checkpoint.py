@@ -157,7 +157,6 @@ def finish_folder(
     """
     config = copy.deepcopy(config)
     config.dtype = dtype
-    config.architectures = [checkpoint.stock_class(type(model)).__name__]
     section = format.config(schemes, [name for name in linear_layers(model) if name not in schemes])
     if section is not None:
         config.quantization_config = section
@@ -165,8 +164,7 @@ def finish_folder(
             config.tie_word_embeddings = False  # readers tie weights, and there are only integers
         if format.config_file:
             (folder / format.config_file).write_text(json.dumps(section, indent=2) + "\n")
-    config.save_pretrained(folder)
-    checkpoint.complete(folder, type(model), plan=plan, card=card)
+    checkpoint.complete(folder, config, type(model), plan=plan, card=card)
 
 
 def load(
