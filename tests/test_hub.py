@@ -121,6 +121,7 @@ for revision in (None, "v1"):
         f"load {{revision}}",
         lambda: torch.equal(here, load("tester/small", revision=revision, token=token)(tokens).logits),
     )
+load(folder).push_to_hub("tester/by-transformers", token=token)
 attempt("secret", lambda: load("tester/secret"))
 attempt("missing", lambda: load("tester/missing"))
 attempt("revision", lambda: load("tester/public", revision="v9"))
@@ -147,6 +148,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 model = AutoModelForSequenceClassification.from_pretrained("tester/small", trust_remote_code=True)
 assert AutoTokenizer.from_pretrained("tester/small")("the cat").input_ids
+assert torch.equal(torch.load("logits.pt"), model(torch.arange(10)[None]).logits)
+model.save_pretrained("again")
+model = AutoModelForSequenceClassification.from_pretrained("tester/by-transformers", trust_remote_code=True)
 assert torch.equal(torch.load("logits.pt"), model(torch.arange(10)[None]).logits)
 """
 
@@ -200,8 +204,13 @@ def test_there_and_back(hub: Hub, folder: Path, tmp_path: Path) -> None:
     assert "no token of the hub is here" in errors[0]
     assert "tester/old: the hub cannot be reached" in errors[1]
 
+    theirs = set(hub.repositories["tester/by-transformers"].files())
+    assert theirs >= {"config.json", "model.safetensors", "pruned_modeling.py", "shrinkformer_plan.json"}
     done = python(hub, tmp_path, "-c", WITHOUT_US, HF_TOKEN=TOKEN, HF_HOME=str(tmp_path / "other"))
     assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert not [name for name in again["auto_map"].values() if "--" in name]  # code of the folder, not of the hub
+    assert (tmp_path / "again" / "pruned_modeling.py").is_file()
 
 
 def test_offline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
