@@ -43,6 +43,7 @@ TOO_LARGE = {
     "benchmarks.fuzz": "takes an hour; tests/test_fuzz.py draws some examples",
     "benchmarks.threads": "prunes a real model several times; tests/test_threads.py does it with a tiny one",
     "benchmarks.predictions": "prunes real models",
+    "benchmarks.busy": "takes all cores, on purpose",
     "benchmarks.calibration_memory": "makes a large model",
     "benchmarks.fresh_environment": "makes virtual environments",
 }
