@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import datasets
 import torch
 from transformers import PreTrainedModel
 
@@ -33,6 +32,9 @@ from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.result import timed
 from shrinkformer.prune.resume import texts_digest
 from shrinkformer.utils.parallel import Workers, local_device, workers_of
+
+if TYPE_CHECKING:
+    import datasets
 
 __all__ = ["main", "read_data", "read_job", "run_encoder"]
 
@@ -125,10 +127,10 @@ def read_data(
         head: How a sentence encoder reads texts.
     """
 
-    def read(split: str) -> datasets.Dataset:
+    def read(split: str) -> "datasets.Dataset":
         return load_split(task, split, data_dir=options.data_dir, bundled=options.bundled_data)
 
-    def read_some(split: str) -> datasets.Dataset:
+    def read_some(split: str) -> "datasets.Dataset":
         rows = read(split)
         if evaluation_examples is None or evaluation_examples >= len(rows):
             return rows

@@ -1,15 +1,17 @@
 """Drawing the examples that pruning and quantization look at: same seed, same sample, whatever the batch size."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 
 from shrinkformer.dataset.encoding import Encoded, encode, encode_texts, length_limit
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def sample_indices(population: int, size: int, seed: int) -> npt.NDArray[np.int64]:
@@ -46,7 +48,7 @@ def sample_indices(population: int, size: int, seed: int) -> npt.NDArray[np.int6
 
 
 def sample_calibration(
-    examples: datasets.Dataset,
+    examples: "datasets.Dataset",
     task: Task,
     tokenizer: Any,
     *,

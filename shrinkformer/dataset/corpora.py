@@ -7,9 +7,8 @@ numpy generator instead of Python's global one.
 import filecmp
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +17,9 @@ from shrinkformer.dataset.corpus import Corpus
 from shrinkformer.dataset.files import read_file, read_text, read_texts
 from shrinkformer.dataset.loading import SAMPLES
 from shrinkformer.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    import datasets
 
 SUFFIXES = (".txt", ".parquet", ".json", ".jsonl")
 """File types of a corpus, in the order in which they are looked for."""
@@ -194,6 +196,8 @@ def _find(corpus: Corpus, split: str, data_dir: Path | None, bundled: bool) -> P
 
 
 def _from_hub(corpus: Corpus, split: str, data_dir: Path | None, bundled: bool) -> list[str]:
+    import datasets  # takes a second: here, for those who need it
+
     file = corpus.hub_files.get(split)
     hub = f"the hub's {' '.join(filter(None, corpus.hub))} {split}"
     try:
@@ -213,7 +217,7 @@ def _from_hub(corpus: Corpus, split: str, data_dir: Path | None, bundled: bool) 
     return _column(examples, corpus, hub)
 
 
-def _column(examples: datasets.Dataset, corpus: Corpus, where: str) -> list[str]:
+def _column(examples: "datasets.Dataset", corpus: Corpus, where: str) -> list[str]:
     if corpus.column not in examples.column_names:
         raise DataError(f"{where} has no column {corpus.column} (found: {', '.join(examples.column_names)}); rename it")
     texts: list[str] = examples[corpus.column][:]

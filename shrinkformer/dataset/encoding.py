@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    import datasets
 
 Features = list[dict[str, list[int]]]
 
@@ -47,7 +49,7 @@ class Encoded:
     features: Features
     labels: list[float] | list[int] | None
     windows: list[Window] | None
-    examples: datasets.Dataset | None
+    examples: "datasets.Dataset | None"
 
     @property
     def lengths(self) -> list[int]:
@@ -66,7 +68,7 @@ class Encoded:
 
 
 def encode(
-    examples: datasets.Dataset,
+    examples: "datasets.Dataset",
     task: Task,
     tokenizer: Any,
     *,
@@ -167,7 +169,7 @@ def _rows(encoding: Any) -> Features:
     return [dict(zip(names, values, strict=True)) for values in zip(*(encoding[name] for name in names), strict=True)]
 
 
-def _windows(examples: datasets.Dataset, task: Task, tokenizer: Any, limit: int) -> tuple[Features, list[Window]]:
+def _windows(examples: "datasets.Dataset", task: Task, tokenizer: Any, limit: int) -> tuple[Features, list[Window]]:
     if not tokenizer.is_fast:
         raise InputError(
             f"task {task.name} needs a fast tokenizer (character offsets), this checkpoint has a slow one: "

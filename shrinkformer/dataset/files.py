@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import datasets
-import pyarrow
-import pyarrow.csv
-import pyarrow.parquet
+from typing import TYPE_CHECKING, Any
 
 from shrinkformer.errors import CheckpointError, DataError
 from shrinkformer.trust.foreign import foreign_errors, shortened
 from shrinkformer.trust.json_files import parse_json
+
+if TYPE_CHECKING:
+    import datasets  # takes a second to import: the functions that read do it
+    import pyarrow
 
 _MOST_BYTES, _PIECE = 16 * 2**30, 1024
 """Bytes of a file of examples in memory, and rows of a piece that is unpacked at once."""
@@ -26,7 +25,7 @@ TEXT_COLUMNS = ("text", "content", "sentence", "document", "article", "body", "r
 """Names of a column of texts, in the order in which they are looked for; large and small letters are the same."""
 
 
-def read_file(path: Path, *, text_columns: Sequence[str]) -> datasets.Dataset:
+def read_file(path: Path, *, text_columns: Sequence[str]) -> "datasets.Dataset":
     """Read a file with named columns.
 
     Args:
@@ -83,7 +82,7 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def text_column(rows: datasets.Dataset) -> str | None:
+def text_column(rows: "datasets.Dataset") -> str | None:
     """The column that holds texts: the first of the usual names, or the only one; None where there is none."""
     found = rows.column_names
     by_name = {name.lower(): name for name in reversed(found)}
@@ -95,7 +94,7 @@ def text_column(rows: datasets.Dataset) -> str | None:
     return None
 
 
-def read_lines(path: Path, columns: Sequence[str]) -> datasets.Dataset:
+def read_lines(path: Path, columns: Sequence[str]) -> "datasets.Dataset":
     """Read a text file: one example per line, its texts separated by tabs; blank lines are skipped.
 
     Args:
@@ -108,6 +107,8 @@ def read_lines(path: Path, columns: Sequence[str]) -> datasets.Dataset:
     Raises:
         DataError: the file is not UTF-8, holds no example, or a line does not have one text per column.
     """
+    import datasets
+
     rows: list[dict[str, str]] = []
     lines = read_text(path).split("\n")
     for number, line in enumerate(lines, start=1):
@@ -144,7 +145,9 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _read(path: Path, suffix: str, text_columns: Sequence[str]) -> datasets.Dataset:
+def _read(path: Path, suffix: str, text_columns: Sequence[str]) -> "datasets.Dataset":
+    import datasets
+
     if suffix == ".parquet":
         return datasets.Dataset(_read_parquet(path))
     if suffix in {".csv", ".tsv"}:
@@ -156,7 +159,9 @@ def _read(path: Path, suffix: str, text_columns: Sequence[str]) -> datasets.Data
     return datasets.Dataset.from_list([_object(line, f"{path}, line {number}", text_columns) for number, line in lines])
 
 
-def _read_delimited(path: Path, suffix: str, text_columns: Sequence[str]) -> pyarrow.Table:
+def _read_delimited(path: Path, suffix: str, text_columns: Sequence[str]) -> "pyarrow.Table":
+    import pyarrow.csv
+
     as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(text_columns, pyarrow.string()))
     form = pyarrow.csv.ParseOptions(newlines_in_values=True)
     if suffix == ".tsv":  # as GLUE and others publish them: a quotation mark is one
@@ -165,7 +170,9 @@ def _read_delimited(path: Path, suffix: str, text_columns: Sequence[str]) -> pya
     return pyarrow.csv.read_csv(path, convert_options=as_text, parse_options=form)
 
 
-def _read_json(text: str, where: str, text_columns: Sequence[str]) -> datasets.Dataset:
+def _read_json(text: str, where: str, text_columns: Sequence[str]) -> "datasets.Dataset":
+    import datasets
+
     content = _parsed(text, where)
     if isinstance(content, list):
         if content and all(isinstance(row, str) for row in content):
@@ -182,11 +189,13 @@ def _read_json(text: str, where: str, text_columns: Sequence[str]) -> datasets.D
     return datasets.Dataset.from_dict(content)
 
 
-def _read_parquet(path: Path) -> pyarrow.Table:
+def _read_parquet(path: Path) -> "pyarrow.Table":
     """A table, read piece by piece, so that a file which unpacks to more than memory holds is noticed in time.
 
     What it says about features of ``datasets`` is dropped: a column could claim to be of pictures at other places.
     """
+    import pyarrow.parquet
+
     with pyarrow.parquet.ParquetFile(path) as file:
         pieces, total = [], 0
         for piece in file.iter_batches(batch_size=_PIECE):

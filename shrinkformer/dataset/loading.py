@@ -6,14 +6,15 @@ A local file is read straight into memory (Arrow, no cache folder), so the same 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from shrinkformer.dataset.files import SUFFIXES, read_file, read_lines
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import DataError
 from shrinkformer.trust.foreign import shortened
+
+if TYPE_CHECKING:
+    import datasets
 
 SAMPLES = Path(__file__).resolve().parent / "samples"
 
@@ -71,7 +72,7 @@ def evaluation_splits(task: Task, data_dir: Path | None, bundled: bool = False) 
     return found or task.evaluation_splits
 
 
-def load_split(task: Task, split: str, *, data_dir: Path | None, bundled: bool = False) -> datasets.Dataset:
+def load_split(task: Task, split: str, *, data_dir: Path | None, bundled: bool = False) -> "datasets.Dataset":
     """Load one labelled split of a task.
 
     Looked for in ``data_dir/<task.folder>/<split>.{parquet,json,jsonl,csv}``, then among the bundled samples if
@@ -99,7 +100,7 @@ def load_split(task: Task, split: str, *, data_dir: Path | None, bundled: bool =
     return examples
 
 
-def load_examples(path: Path, task: Task) -> datasets.Dataset:
+def load_examples(path: Path, task: Task) -> "datasets.Dataset":
     """Load the user's own calibration examples; labels are not needed.
 
     Args:
@@ -138,7 +139,9 @@ def _hub_name(task: Task) -> str:
     return name if configuration is None else f"{name} ({configuration})"
 
 
-def _from_hub(task: Task, split: str, data_dir: Path | None) -> datasets.Dataset:
+def _from_hub(task: Task, split: str, data_dir: Path | None) -> "datasets.Dataset":
+    import datasets  # takes a second: here, for those who need it
+
     wanted = task.evaluation_splits[0] if split == "validation" else split
     try:
         return datasets.load_dataset(*task.hub, split=wanted)
@@ -157,7 +160,7 @@ def _not_found(task: Task, split: str, data_dir: Path | None, error: Exception) 
     return f"--data_dir {data_dir} has no {wanted}{only} and {hub}; add that file, or connect to the network"
 
 
-def _check(examples: datasets.Dataset, columns: Sequence[str], task: Task, where: str) -> None:
+def _check(examples: "datasets.Dataset", columns: Sequence[str], task: Task, where: str) -> None:
     found = examples.column_names
     if len(examples) == 0:
         raise DataError(f"{where} holds no examples; task {task.name} needs at least one")
@@ -177,7 +180,7 @@ def _check(examples: datasets.Dataset, columns: Sequence[str], task: Task, where
             raise DataError(f"{where}, row {bad}: column {name} holds {held}, which is not a text")
 
 
-def _check_labels(examples: datasets.Dataset, task: Task, where: str) -> None:
+def _check_labels(examples: "datasets.Dataset", task: Task, where: str) -> None:
     if task.kind == "question_answering":
         _check_answers(examples, task, where)
         return
@@ -194,7 +197,7 @@ def _check_labels(examples: datasets.Dataset, task: Task, where: str) -> None:
             )
 
 
-def _check_answers(examples: datasets.Dataset, task: Task, where: str) -> None:
+def _check_answers(examples: "datasets.Dataset", task: Task, where: str) -> None:
     for row, answers in enumerate(examples[task.label_column][:]):
         if not _are_answers(answers):
             raise DataError(

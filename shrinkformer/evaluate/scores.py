@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import evaluate as hf_evaluate
 from shrinkformer.dataset.encoding import Encoded
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import DataError
-from shrinkformer.evaluate.metrics import squad
 from shrinkformer.evaluate.paired import Scores
 from shrinkformer.evaluate.standard_errors import DEVIATIONS, mean_deviations
 
@@ -29,6 +27,8 @@ def load_metric(name: str, configuration: str | None = None) -> Any:
     Returns:
         The ``evaluate.Metric``; it keeps what it is given in memory, so processes share no data file.
     """
+    import evaluate as hf_evaluate  # takes a second
+
     path = str(_METRICS / f"{name}.py")
     return hf_evaluate.load(path, configuration, keep_in_memory=True, experiment_id=uuid.uuid4().hex)
 
@@ -106,6 +106,8 @@ def score_answers(
     Returns:
         Metrics in the order of ``task.metrics``.
     """
+    from shrinkformer.evaluate.metrics import squad  # takes the seconds that evaluate takes
+
     truths = [list(answer["text"]) for answer in questions["answers"]]
     names = [str(name) for name in questions["id"]] if "id" in questions else [str(row) for row in range(len(texts))]
     extra = {"no_answer_probability": 0.0} if version_2 else {}

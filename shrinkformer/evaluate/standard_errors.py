@@ -16,9 +16,6 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
-
-from shrinkformer.evaluate.metrics import glue
 
 Values = NDArray[np.float64]
 
@@ -46,6 +43,8 @@ def f1_deviations(predictions: Values, references: Values) -> Values:
     positives = predicted.astype(np.float64) + actual
     if not positives.any():
         return np.zeros(len(positives))
+    from shrinkformer.evaluate.metrics import glue  # takes the seconds that evaluate and sklearn take
+
     influence = (2.0 * (predicted & actual) - glue.f1(predictions, references) * positives) / positives.mean()
     return np.asarray(influence / len(influence))
 
@@ -71,6 +70,8 @@ def spearmanr_deviations(predictions: Values, references: Values, *, resamples: 
     Returns:
         Shape (resamples,).
     """
+    from scipy import stats
+
     x, y = (np.asarray(values, dtype=np.float64) for values in (predictions, references))
     generator = np.random.default_rng(seed)
     replicates = np.empty(resamples)

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,6 +22,9 @@ from shrinkformer.prune.pruned_modeling import set_block_sizes
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.prune.uniform import uniform_counts
+
+if TYPE_CHECKING:
+    from scipy.interpolate import RegularGridInterpolator
 
 _SHARES = (0.02, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 _HEAD_SHARES = (0.08, 0.25, 0.5, 0.75, 1.0)
@@ -104,7 +107,9 @@ class LatencyTable:
         return float(np.interp(neurons, self.neurons, self.feed_forward))
 
     @cached_property
-    def _attention(self) -> RegularGridInterpolator:
+    def _attention(self) -> "RegularGridInterpolator":
+        from scipy.interpolate import RegularGridInterpolator
+
         # An axis with one point has no in between; the doubled point is never left.
         axes = [list(axis) if len(axis) > 1 else [axis[0], axis[0] + 1] for axis in self._axes]
         cube = self.attention
