@@ -17,6 +17,10 @@ class DataError(InputError):
     """A data set or a file with examples is missing or does not have the columns that a task needs."""
 
 
+class MissingDataError(DataError):
+    """A data set is neither in a folder that was named nor can it be had from the hub."""
+
+
 class CheckpointError(ShrinkformerError):
     """A folder is not a checkpoint that can be read, or it does not fit the task."""
 

@@ -18,8 +18,9 @@ from shrinkformer.commands.locate import (
     require_label_names,
 )
 from shrinkformer.commands.main import prune_bert as main
-from shrinkformer.commands.options import EncoderOptions, resolve_device
+from shrinkformer.commands.options import BUNDLED_MODEL, EncoderOptions, resolve_device
 from shrinkformer.commands.pruning import run_pruning
+from shrinkformer.commands.samples import read_or_sample
 from shrinkformer.commands.session import Job
 from shrinkformer.dataset.calibration import sample_calibration
 from shrinkformer.dataset.encoding import Encoded, encode, padded_batches
@@ -62,7 +63,11 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
     objective = embeddings_of(source) if task.kind == "similarity" else None
     tokenizer = load_tokenizer(source)
     head = MEAN if objective is None else objective.sentence
-    calibration, evaluation = read_data(options, task, source, tokenizer, head=head)
+    (calibration, evaluation), bundled = read_or_sample(
+        options,
+        lambda asked: read_data(asked, task, source, tokenizer, head=head),
+        demo=options.model_name == BUNDLED_MODEL and task.kind == "similarity",
+    )
     require_label_names(source, task, [split.examples for split in evaluation.values()])
     require_fitting_tokens(source, [calibration.features, *(split.features for split in evaluation.values())])
     learnt = calibration.features if options.reads_examples else []
@@ -102,7 +107,7 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
         whole="an encoder is evaluated as a whole",
         sentence_encoder=task.kind == "similarity",
         objective=objective,
-        public=not options.bundled_data,
+        public=not bundled,
         evaluation_digest=lambda: texts_digest(_words_of(evaluation)),
     )
 

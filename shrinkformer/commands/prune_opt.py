@@ -19,6 +19,7 @@ from shrinkformer.commands.locate import (
 from shrinkformer.commands.main import prune_opt as main
 from shrinkformer.commands.options import BUNDLED_DECODER, DecoderOptions, resolve_device, torch_dtype
 from shrinkformer.commands.pruning import run_pruning
+from shrinkformer.commands.samples import read_or_sample
 from shrinkformer.commands.session import Evaluate, Job
 from shrinkformer.dataset.corpora import calibration_windows, evaluation_windows, read_own_text, windows_of
 from shrinkformer.dataset.corpus import CORPORA, get_corpus
@@ -60,9 +61,14 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
     source = find_decoder(options.model_name, options.task_name)
     tokenizer = load_tokenizer(source)
     length = window_length(options, source, tokenizer)
-    bundled = options.bundled_data or (options.data_dir is None and options.model_name == BUNDLED_DECODER)
-    evaluation = read_evaluation(options, tokenizer, length, bundled)
-    calibration = read_calibration(options, tokenizer, length, bundled)
+    (evaluation, calibration), bundled = read_or_sample(
+        options,
+        lambda asked: (
+            read_evaluation(asked, tokenizer, length, asked.bundled_data),
+            read_calibration(asked, tokenizer, length, asked.bundled_data),
+        ),
+        demo=options.model_name == BUNDLED_DECODER,
+    )
     windows = [calibration, *evaluation.values()]
     require_fitting_tokens(source, [[{"input_ids": ids.flatten().tolist()}] for ids in windows])
     if options.lm_eval and not harness_is_installed():

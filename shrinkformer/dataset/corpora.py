@@ -16,7 +16,7 @@ from torch import Tensor
 from shrinkformer.dataset.corpus import Corpus
 from shrinkformer.dataset.files import read_file, read_text, read_texts
 from shrinkformer.dataset.loading import SAMPLES
-from shrinkformer.errors import DataError, InputError
+from shrinkformer.errors import DataError, InputError, MissingDataError
 
 if TYPE_CHECKING:
     import datasets
@@ -210,7 +210,7 @@ def _from_hub(corpus: Corpus, split: str, data_dir: Path | None, bundled: bool) 
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         given = "--data_dir is not given" if data_dir is None else f"--data_dir {data_dir} has no such file"
         samples = "" if bundled else ", or --bundled_data for an excerpt"
-        raise DataError(
+        raise MissingDataError(
             f"{given} and {hub} could not be loaded ({reason}); give a --data_dir that holds "
             f"{corpus.folder}/{split}{_ANY_SUFFIX}{samples}"
         ) from error

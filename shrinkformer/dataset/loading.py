@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shrinkformer.dataset.files import SUFFIXES, read_file, read_lines
 from shrinkformer.dataset.tasks import Task
-from shrinkformer.errors import DataError
+from shrinkformer.errors import DataError, MissingDataError
 from shrinkformer.trust.foreign import shortened
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _from_hub(task: Task, split: str, data_dir: Path | None) -> "datasets.Datase
     try:
         return datasets.load_dataset(*task.hub, split=wanted)
     except Exception as error:
-        raise DataError(_not_found(task, split, data_dir, error)) from error
+        raise MissingDataError(_not_found(task, split, data_dir, error)) from error
 
 
 def _not_found(task: Task, split: str, data_dir: Path | None, error: Exception) -> str:
