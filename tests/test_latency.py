@@ -281,4 +281,4 @@ class TestCommand:
         assert main(["latency", "no/such/model"]) == 2
         assert "DIR no/such/model: not in models/no/such/model" in capsys.readouterr().err
         assert main(["latency"]) == 2
-        assert "required: models" in capsys.readouterr().err
+        assert "required: MODEL" in capsys.readouterr().err
