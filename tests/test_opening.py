@@ -102,6 +102,17 @@ class TestEntries:
             warnings.simplefilter("error", ShrinkformerWarning)
             open_config(checkpoint(tmp_path, family))
 
+    @pytest.mark.parametrize(
+        ("family", "entries"),
+        [
+            ("bert", {"hidden_act": "swoosh"}),
+            ("llama", {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}),
+        ],
+    )
+    def test_values_that_transformers_has_not(self, family: str, entries: dict[str, Any], tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"takes no such value: correct the entry, or download"):
+            open_config(checkpoint(tmp_path, family, config=entries))
+
     def test_what_nobody_knows_is_said_with_its_value(self, tmp_path: Path) -> None:
         folder = checkpoint(tmp_path, config={"token_mixing": "conv", "auto_map": {"AutoModel": "own.MixedBert"}})
         with pytest.warns(ShrinkformerWarning) as said:
@@ -129,6 +140,20 @@ class TestTensors:
     ) -> None:
         folder = checkpoint(tmp_path, family, change=added(name), as_bin=as_bin)
         with pytest.raises(CheckpointError, match=f"has no place for {name}.*{said}"):
+            open_config(folder)
+
+    @pytest.mark.parametrize(("prefix", "cause"), [("module.", "data parallelism"), ("_orig_mod.", r"torch\.compile")])
+    def test_wrappers_are_named(self, prefix: str, cause: str, tmp_path: Path) -> None:
+        folder = checkpoint(tmp_path, change=lambda state: {prefix + name: value for name, value in state.items()})
+        with pytest.raises(CheckpointError, match=f"has no place for {prefix}.*{cause}"):
+            open_config(folder)
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+    @pytest.mark.parametrize("as_bin", [False, True])
+    def test_packed_numbers_are_no_weights(self, dtype: torch.dtype, as_bin: bool, tmp_path: Path) -> None:
+        name = "model.layers.1.mlp.up_proj.weight"
+        folder = checkpoint(tmp_path, "llama", change=lambda s: s | {name: s[name].to(dtype)}, as_bin=as_bin)
+        with pytest.raises(CheckpointError, match=f"{name} is of type .*no quantization_config"):
             open_config(folder)
 
     def test_quantized_too(self, tmp_path: Path) -> None:

@@ -218,12 +218,17 @@ def bundled_model() -> Path | None:
     return Path(package.origin).parent / "model"
 
 
+def holds_weights(source: Source) -> bool:
+    """Whether a folder has weights that torch reads; of a model on the hub, that is seen when they are fetched."""
+    folder = Path(source.location)
+    return not folder.is_dir() or any((folder / name).exists() for name in WEIGHT_FILES)
+
+
 def require_weight_files(source: Source) -> None:
     """Raise :class:`InputError` for a folder without weights that torch reads; a dry run needs none."""
-    folder = Path(source.location)
-    if folder.is_dir() and not any((folder / name).exists() for name in WEIGHT_FILES):
+    if not holds_weights(source):
         names = ", ".join(WEIGHT_FILES)
-        raise InputError(f"--model_name {source.name}: {folder} holds no weights ({names}); download them.")
+        raise InputError(f"--model_name {source.name}: {source.location} holds no weights ({names}); download them.")
 
 
 def _require_head(source: Source, task: Task) -> None:
@@ -271,7 +276,7 @@ def class_of(source: Source) -> Any:
         InputError: Nothing says which head that is.
     """
     architecture = (getattr(source.config, "architectures", None) or [""])[0]
-    if not architecture:
+    if not architecture and holds_weights(source):
         raise InputError(
             f"{source.name}: its config.json names no architectures, and its files do not tell which head it has; add "
             'the class, such as "architectures": ["BertForSequenceClassification"].'

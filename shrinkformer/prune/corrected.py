@@ -19,9 +19,7 @@ from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.prune.tensors import is_optional, stored_names
 from shrinkformer.prune.weight_files import read_tensors, weight_files
 from shrinkformer.trust.foreign import shortened
-from shrinkformer.trust.weights import StoredTensor, block_of
-
-_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+from shrinkformer.trust.weights import FLOATING, StoredTensor, block_of
 
 
 def correct_dtype(config: PreTrainedConfig, headers: Mapping[str, StoredTensor], folder: Path) -> None:
@@ -35,14 +33,14 @@ def correct_dtype(config: PreTrainedConfig, headers: Mapping[str, StoredTensor],
     Warns:
         ShrinkformerWarning: There are several types; whatever is made from the checkpoint will have one.
     """
-    floating = {name: tensor for name, tensor in headers.items() if tensor.dtype in _TYPES and not is_optional(name)}
+    floating = {name: tensor for name, tensor in headers.items() if tensor.is_number and not is_optional(name)}
     sizes = Counter[str]()
     for tensor in floating.values():
         sizes[tensor.dtype] += tensor.bytes
     if not sizes:
         return
     most = sizes.most_common(1)[0][0]
-    config.dtype = _TYPES[most]
+    config.dtype = FLOATING[most]
     others = [name for name, tensor in floating.items() if tensor.dtype != most]
     if others and getattr(config, "quantization_config", None) is None:
         first = others[0]
@@ -56,7 +54,7 @@ def correct_dtype(config: PreTrainedConfig, headers: Mapping[str, StoredTensor],
 
 
 def _in_words(stored: str) -> str:
-    return str(_TYPES[stored]).removeprefix("torch.")
+    return str(FLOATING[stored]).removeprefix("torch.")
 
 
 def correct_tying(config: PreTrainedConfig, model: PreTrainedModel, stored: Mapping[str, str], folder: Path) -> None:

@@ -99,6 +99,11 @@ def require_weights(folder: Path, config: PreTrainedConfig) -> None:
         return
     known, stored = model.state_dict(), stored_names(model, headers)
     for name, key in stored.items():
+        if known[name].is_floating_point() and not headers[key].is_number:
+            raise CheckpointError(
+                f"{folder}: {shortened(key)} is of type {headers[key].dtype}, which packs a weight; {CONFIG} has no "
+                "quantization_config that says how. Use the float checkpoint it was made from."
+            )
         wanted, found = tuple(known[name].shape), headers[key].shape
         if wanted != found:
             raise CheckpointError(f"{folder}: {shortened(key)} is {found} in the file, {wanted} by {CONFIG}; {AGAIN}")
@@ -134,7 +139,8 @@ def shapes_of(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     if sized and chosen is None:
         raise CheckpointError(f"{folder}: {CONFIG} names {shortened(repr(name))}, which is no model of transformers.")
     where = f"{folder / CONFIG} describes no {shortened(name) or config.model_type}"
-    with foreign_errors(CheckpointError, where, AGAIN), torch.device("meta"):
+    remedy = f"transformers {transformers.__version__} takes no such value: correct the entry, or {AGAIN}"
+    with foreign_errors(CheckpointError, where, remedy), torch.device("meta"):
         if isinstance(chosen, type) and issubclass(chosen, PreTrainedModel):
             made: PreTrainedModel = chosen(own)
         else:

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -20,6 +20,10 @@ transformers make themselves, and a pooler, which few heads use."""
 
 _WRAPPED = ("lora_", "base_model.model.", ".base_layer.", "modules_to_save.", "adapter", "prefix_tuning", "ia3_")
 """Parts of names that adapters and their wrappers have."""
+
+
+_PREFIXES = {"module.": "data parallelism of torch", "_orig_mod.": "torch.compile"}
+"""What wrappers put before the names of all tensors."""
 
 
 def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
@@ -102,7 +106,7 @@ def require_used(model: PreTrainedModel, unused: Iterable[str], where: str) -> N
         raise CheckpointError(f"{where}{type(model).__name__} has no place for {_counted(lost)}; {_cause_of(lost)}")
     warnings.warn(
         f"{where}{type(model).__name__} has no place for the head in the file ({_counted(left)}), which is left out; "
-        "if the model needs it, name the class with that head under architectures in config.json",
+        "if the model needs it, use a class that has it (architectures in config.json)",
         ShrinkformerWarning,
         stacklevel=2,
     )
@@ -124,7 +128,10 @@ def is_optional(name: str) -> bool:
     return any(part in name for part in OPTIONAL)
 
 
-def _cause_of(lost: Iterable[str]) -> str:
+def _cause_of(lost: Sequence[str]) -> str:
+    for prefix, wrapper in _PREFIXES.items():
+        if all(name.startswith(prefix) for name in lost):
+            return f"these were saved with {wrapper} around the model; save the model inside ({prefix[:-1]}) instead."
     if any(part in name for part in _WRAPPED for name in lost):
         return "these belong to an adapter; merge it (merge_and_unload() of peft), save the model and pass that folder."
     return (

@@ -33,12 +33,21 @@ _AGAIN = "download the model again."
 Found = TypeVar("Found")
 
 
+FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""Types of floating-point numbers that stand for themselves, by the names that files have for them."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor as the header of a file describes it; ``dtype`` is the file's name for it, such as ``BF16``."""
 
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it holds floating-point numbers that stand for themselves."""
+        return self.dtype in FLOATING
 
     @property
     def bytes(self) -> int:
@@ -203,10 +212,7 @@ def read_bin_header(file: Path) -> dict[str, StoredTensor]:
 
 
 _NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float64: "F64",
+    **{dtype: name for name, dtype in FLOATING.items()},
     torch.int64: "I64",
     torch.int32: "I32",
     torch.bool: "BOOL",
