@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from shrinkformer.architectures import DECODERS
+from shrinkformer.architectures.heads import BARE, HEADS, Head, head_of
 from shrinkformer.commands.options import BUNDLED_DECODER, BUNDLED_MODEL
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelError
@@ -32,7 +33,7 @@ from shrinkformer.prune.objective import Objective, sentence_head_of
 from shrinkformer.prune.opening import fetch_weights, load_pretrained, open_config
 from shrinkformer.prune.pruned_modeling import auto_class
 from shrinkformer.prune.resources import BlockWeights, InMemory
-from shrinkformer.prune.sentence_encoder import inner_model
+from shrinkformer.prune.sentence_encoder import MODULES, inner_model
 from shrinkformer.quantize.checkpoint import load
 from shrinkformer.quantize.reading import find_format
 from shrinkformer.trust.folders import ADAPTER, adapter_in
@@ -234,6 +235,8 @@ def require_weight_files(source: Source) -> None:
 def _require_head(source: Source, task: Task) -> None:
     """Check that the checkpoint has a fine-tuned head of the right kind and size."""
     architecture = (getattr(source.config, "architectures", None) or [""])[0]
+    if task.kind == "similarity":
+        _require_no_head(source, architecture)
     needed = {"question_answering": "ForQuestionAnswering", "similarity": ""}.get(
         task.kind, "ForSequenceClassification"
     )
@@ -248,6 +251,38 @@ def _require_head(source: Source, task: Task) -> None:
             f"--model_name {source.name}: the checkpoint has {labels} label(s), but {task.name} has "
             f"{task.num_labels}; choose a checkpoint that was fine-tuned on {task.name}."
         )
+
+
+def _require_no_head(source: Source, architecture: str) -> None:
+    """Check that no head would be dropped; what sentence-transformers wrote has none, whatever its class is called."""
+    head = head_of(architecture)
+    if not architecture or head is BARE or (Path(source.location) / MODULES).is_file():
+        return
+    raise InputError(
+        f"--model_name {source.name}: it is a {architecture}, whose head --task_name similarity would drop; leave "
+        "--task_name out to prune it with its head, or save the encoder alone (save_pretrained of an AutoModel)."
+    )
+
+
+def find_own(model_name: str) -> tuple[Source, Head]:
+    """A checkpoint of any family with the head that it has, wherever :func:`find_model` looks for it.
+
+    Raises:
+        InputError: It is nowhere, or has a head that is not known.
+    """
+    source = find_any(model_name)
+    class_of(source)  # says so where nothing tells which head there is
+    architecture = source.config.architectures[0]
+    if generates(source.config):
+        raise InputError(f"--model_name {model_name}: it is a language model; use shrinkformer prune or prune_opt.py.")
+    head = head_of(architecture)
+    if head is None:
+        known = ", ".join(f"...{one.suffix}" for one in HEADS)
+        raise InputError(
+            f"--model_name {model_name}: it is a {architecture}; heads that commands know are {known}: save it as one "
+            "of them, or prune it in memory with shrinkformer.prune_."
+        )
+    return source, head
 
 
 def embeddings_of(source: Source) -> Objective:

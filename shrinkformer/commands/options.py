@@ -307,11 +307,38 @@ class EncoderOptions(PruneOptions):
     """Options for encoders."""
 
     model_name: str = changed(PruneOptions, "model_name", BUNDLED_MODEL)
-    task_name: str = changed(PruneOptions, "task_name", "similarity", choices=tuple(TASKS))
+    task_name: str = changed(
+        PruneOptions,
+        "task_name",
+        "",
+        choices=tuple(TASKS),
+        more="(default: similarity for the bundled model; any other is pruned with its own head, and judged by how far "
+        "its answers move from those of the dense model)",
+    )
+
+    @property
+    def judged_by(self) -> str:
+        """The task; "" for the checkpoint's own head, judged without labels."""
+        return self.task_name or ("similarity" if self.model_name == BUNDLED_MODEL else "")
 
     def __post_init__(self) -> None:
-        get_task(self.task_name)
+        if self.judged_by:
+            get_task(self.judged_by)
+        else:
+            self._check_without_task()
         super().__post_init__()
+
+    def _check_without_task(self) -> None:
+        if self.data_dir is not None:
+            raise InputError(
+                f"--data_dir {self.data_dir}: data sets there belong to tasks; add --task_name, or pass your own texts "
+                "as --calibration_file."
+            )
+        if not self.quantizes and all(mu == 1 for mu in self.mu):
+            raise InputError(
+                f"--task_name: without one nothing says how good {self.model_name} is as it stands, only how far "
+                f"another model is from it; choose one of {', '.join(TASKS)}, or look at it with shrinkformer inspect."
+            )
 
 
 @dataclass(frozen=True)

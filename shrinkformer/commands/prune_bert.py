@@ -19,6 +19,7 @@ from shrinkformer.commands.locate import (
 )
 from shrinkformer.commands.main import prune_bert as main
 from shrinkformer.commands.options import BUNDLED_MODEL, EncoderOptions, resolve_device
+from shrinkformer.commands.own_head import read_own_job
 from shrinkformer.commands.pruning import run_pruning
 from shrinkformer.commands.samples import read_or_sample
 from shrinkformer.commands.session import Job
@@ -58,7 +59,9 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
     Raises:
         InputError: A model or data set is missing or does not fit the task.
     """
-    task = get_task(options.task_name)
+    if not options.judged_by:
+        return read_own_job(options, device, workers)
+    task = get_task(options.judged_by)
     source = find_model(options.model_name, task)
     objective = embeddings_of(source) if task.kind == "similarity" else None
     tokenizer = load_tokenizer(source)

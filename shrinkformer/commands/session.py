@@ -57,6 +57,7 @@ class Job:
         example: A batch to check saved models with.
         sequence_length: Length at which MACs are counted.
         evaluate: Figures of a model, with their standard errors and what each example contributes.
+        compare: The same of a model beside the dense one, which comes first, where nothing but that says what is right.
         shapes: Inputs whose latency is measured, (examples, tokens).
         device: Where models run.
         dtype: Of weights in memory.
@@ -86,6 +87,7 @@ class Job:
     whole: str = ""
     sentence_encoder: bool = False
     objective: Objective | None = None
+    compare: Callable[[PreTrainedModel, PreTrainedModel], Scores] | None = None
     public: bool = False
     evaluation_digest: Callable[[], str] = lambda: ""
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -229,7 +231,9 @@ def measure_dense(session: Session) -> Measured:
 
 def measure(session: Session, model: PreTrainedModel, resources: Resources, folder: Path) -> Measured:
     """Evaluate a model and take its sizes; ``folder`` holds its weights unless they came from the hub."""
-    return _sizes(session, model, session.job.evaluate(model, resources), folder)
+    job = session.job
+    scores = job.evaluate(model, resources) if job.compare is None else job.compare(session.model, model)
+    return _sizes(session, model, scores, folder)
 
 
 def _sizes(session: Session, model: PreTrainedModel, scores: Scores, folder: Path) -> Measured:

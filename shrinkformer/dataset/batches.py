@@ -17,13 +17,14 @@ from shrinkformer.errors import InputError, ShrinkformerWarning
 Batch = Mapping[str, Tensor]
 
 ROWS = 32
-"""Examples of a batch, where what was given has none."""
 
 LONGEST_TEXT = 512
 """Tokens that are taken of a text at most."""
 
 
-def as_batches(data: Any, model: PreTrainedModel, *, tokenizer: Any = None, most: int | None = None) -> Sequence[Batch]:
+def as_batches(
+    data: Any, model: PreTrainedModel, *, tokenizer: Any = None, most: int | None = None, rows: int = ROWS
+) -> Sequence[Batch]:
     """Batches of model inputs from anything that holds examples.
 
     Args:
@@ -34,6 +35,7 @@ def as_batches(data: Any, model: PreTrainedModel, *, tokenizer: Any = None, most
         model: That they are for. One that answers by choosing takes examples of several choices each.
         tokenizer: For texts.
         most: Examples to take at most, the first ones.
+        rows: Examples of a batch, where what was given has none.
 
     Returns:
         Int64 tensors by name, ``attention_mask`` among them: ``(examples, length)`` or ``(examples, choices, length)``.
@@ -48,7 +50,7 @@ def as_batches(data: Any, model: PreTrainedModel, *, tokenizer: Any = None, most
     """
     if most is None and _are_ready(data, model):
         return data  # type: ignore[no-any-return]
-    reader = _Reader(model, tokenizer, most)
+    reader = _Reader(model, tokenizer, most, rows)
     for piece in pieces_of(data, _pad_id(model)):
         reader.take(piece)
         if reader.full:
@@ -88,8 +90,8 @@ def _is_ready(batch: Any, ndim: int) -> bool:
 class _Reader:
     """Gathers pieces: batches stay batches, single examples are joined to some."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, most: int | None) -> None:
-        self._model, self._tokenizer, self._most = model, tokenizer, most
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, most: int | None, rows: int) -> None:
+        self._model, self._tokenizer, self._most, self._rows = model, tokenizer, most, rows
         self._ndim = 1 + chooses(model)  # of an example
         self._batches = list[dict[str, Tensor]]()
         self._examples = list[dict[str, Values]]()
@@ -138,7 +140,7 @@ class _Reader:
         columns = batch["attention_mask"].flatten(0, -2).any(0).nonzero()
         length = int(columns.max()) + 1 if len(columns) else 0
         kept = {name: value[has_tokens][..., :length] for name, value in batch.items()}
-        parts = {name: torch.split(value, ROWS) for name, value in kept.items()}
+        parts = {name: torch.split(value, self._rows) for name, value in kept.items()}
         if len(kept["input_ids"]):
             self._batches += [dict(zip(parts, rows, strict=True)) for rows in zip(*parts.values(), strict=True)]
 
@@ -150,8 +152,8 @@ class _Reader:
         self._without_tokens += len(self._examples) - len(full)
         full.sort(key=lambda example: -_length(example))  # little is padded then, and memory peaks at once
         pad = _pad_id(self._model) or 0
-        for start in range(0, len(full), ROWS):
-            self._batches.append(_padded(full[start : start + ROWS], pad))
+        for start in range(0, len(full), self._rows):
+            self._batches.append(_padded(full[start : start + self._rows], pad))
         self._warn()
         return [_known_types(batch, self._model) for batch in self._batches]
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shrinkformer.architectures.heads import chooses
 from shrinkformer.errors import InputError, ShrinkformerWarning
 from shrinkformer.utils.memory import free_memory, is_out_of_memory
 from shrinkformer.utils.modes import evaluation_mode
@@ -187,7 +188,9 @@ def measure_latency(
 
 
 def call_model(model: Callable[..., object], batch: Mapping[str, Tensor]) -> object:
-    """A forward pass, as a :data:`Timed` model."""
+    """A forward pass, as a :data:`Timed` model; one that answers by choosing gets one choice for each example."""
+    if isinstance(model, nn.Module) and chooses(model):
+        batch = {name: value.unsqueeze(1) for name, value in batch.items()}
     return model(**batch)
 
 
