@@ -76,7 +76,7 @@ class EvaluateOptions:
     model_name: str = option(
         "", "folder, name below models/ or on the hub, or a bundled model", positional="too", metavar="MODEL"
     )
-    task_name: str = option("", "task, or corpus, to calibrate and measure on", group="data", aliases=("task",))
+    task_name: str = option("", "task, or corpus, to measure on", group="data", aliases=("task",))
     data_dir: Path | None = option(
         None, "folder with data sets in the hub's column names", group="data", more="without it the hub is asked"
     )
@@ -312,8 +312,8 @@ class EncoderOptions(PruneOptions):
         "task_name",
         "",
         choices=tuple(TASKS),
-        more="(default: similarity for the bundled model; any other is pruned with its own head, and judged by how far "
-        "its answers move from those of the dense model)",
+        more="without one the bundled encoder is measured on similarity, and any other keeps its own head and is judged "
+        "by how far its answers move from those of the dense model",
     )
 
     @property
