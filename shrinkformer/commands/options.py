@@ -312,8 +312,8 @@ class EncoderOptions(PruneOptions):
         "task_name",
         "",
         choices=tuple(TASKS),
-        more="without one the bundled encoder is measured on similarity, and any other keeps its own head and is judged "
-        "by how far its answers move from those of the dense model",
+        more="without one the bundled encoder is measured on similarity, and any other keeps its own head and is "
+        "judged by how far its answers move from those of the dense model",
     )
 
     @property
