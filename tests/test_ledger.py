@@ -115,7 +115,7 @@ def everything(ledger: Ledger) -> None:
     for stored in ALL_STORED:
         if stored.names:
             ledger.values.note(f"{stored.names}x", 1.0)
-    for folder in ("moments", "refitted/mu0.5-x/shrink", "quantized/mu0.5-x"):
+    for folder in ("moments", "mu0.5-x/shrink", "mu0.5-x/quantized"):
         assert ledger.data is not None
         (ledger.data / folder).mkdir(parents=True)
 
@@ -150,7 +150,8 @@ def test_a_changed_fact_drops_exactly_what_depends_on_it(fact: str, tmp_path: Pa
             Ledger(tmp_path / "ledger", {**IDENTITY, fact: "2"}, resume=True)
         return
     ledger = Ledger(tmp_path / "ledger", {**IDENTITY, fact: "2"}, resume=True)
-    folders = {name for name in ("moments", "refitted", "quantized") if (tmp_path / "ledger/blocks" / name).exists()}
+    places = {"moments": "moments", "refitted": "mu0.5-x/shrink", "quantized": "mu0.5-x/quantized"}
+    folders = {name for name, place in places.items() if (tmp_path / "ledger/blocks" / place).exists()}
     assert folders | {name.removesuffix("x") for name in ledger.values.names} == left
     assert ledger.news.endswith("the rest is taken up") == bool(left)
     again = Ledger(tmp_path / "ledger", {**IDENTITY, fact: "2"}, resume=True)
@@ -200,3 +201,16 @@ def test_finished_budgets_outlive_the_run(tmp_path: Path) -> None:
     assert again.finished(BUDGETS[0]) == {"folder": "here"}
     assert again.finished(BUDGETS[1]) is None
     assert len(again.values.names) == 1
+
+
+def test_what_another_model_left_is_known_when_beginning_anew(tmp_path: Path) -> None:
+    assert Ledger(tmp_path / "ledger", IDENTITY).earlier == {}
+    assert Ledger(tmp_path / "ledger", {**IDENTITY, "weights of the model": "xyz"}).earlier == IDENTITY
+    (tmp_path / "ledger" / "identity.json").write_text("[1]")
+    assert Ledger(tmp_path / "ledger", IDENTITY).earlier == {}
+
+
+def test_budgets_that_differ_in_late_digits_have_names_of_their_own() -> None:
+    assert Budget(0.5, 8).amount == "0.5"
+    assert Budget(1.0, 8).amount == "1"
+    assert Budget(0.5000001, 8).amount == "0.5000001"

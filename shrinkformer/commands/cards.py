@@ -9,7 +9,7 @@ from typing import Any
 from shrinkformer.commands.card_metadata import metadata, pipeline_tag, results_of
 from shrinkformer.commands.onnx_card import without_onnx_section
 from shrinkformer.commands.report import Run
-from shrinkformer.commands.report_text import FEW_TOKENS, calibration_of, errors_in_words
+from shrinkformer.commands.report_text import FEW_TOKENS, calibration_of, errors_in_words, mu_in_words
 from shrinkformer.efficiency.size import folder_bytes
 from shrinkformer.evaluate.paired import STDERR, names_of
 from shrinkformer.pictures.columns import figure
@@ -200,7 +200,7 @@ def _provenance(run: Run) -> str:
         "date": record["time"],
         "method": f"`{run.method}`" if run.plan is not None else "not pruned",
         **asked,
-        "mu": f"{run.mu:.4g}" + ("" if run.plan is None else f"; {run.plan.ratio:.4f} of the MACs kept"),
+        "mu": mu_in_words(run) + ("" if run.plan is None else f"; {run.plan.ratio:.4f} of the MACs kept"),
         "seed": run.seed,
         "calibration": calibration_of(run) + ("; no labels" if run.calibration_tokens else ""),
         **run.facts,

@@ -77,7 +77,7 @@ def describe(
         kept = parameters - gone
         files = [f"{size / 1e6:,.2f} MB {what}".strip() for what, size in sizes(even, kept).items()]
         lines.append(
-            f"mu {budget.mu:g}: {costs.macs(even) / 1e6:,.1f} of {costs.dense / 1e6:,.1f} M MACs at "
+            f"mu {budget.amount}: {costs.macs(even) / 1e6:,.1f} of {costs.dense / 1e6:,.1f} M MACs at "
             f"{budget.sequence_length:.2f} tokens; for instance {sum(even.heads)} heads and {sum(even.neurons):,} "
             f"neurons; about {kept / 1e6:.1f} M parameters, {', '.join(files)}"
         )

@@ -1,5 +1,6 @@
 """What an interrupted run of a command left, and who may write now."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -8,6 +9,7 @@ from typing import Any
 
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.session import Job, Session
+from shrinkformer.errors import ShrinkformerWarning
 from shrinkformer.evaluate.labels import outputs_of
 from shrinkformer.pictures.runs import number, read_runs
 from shrinkformer.prune.budget import Budget
@@ -23,6 +25,9 @@ _DOINGS = ("mu", "max_memory", "device", "dry_run", "resume", "push_to_hub", "pr
 _BUDGETS = ("round_to", "min_heads", "min_neurons", "uniform", "sequence_length")
 _WITHOUT_EFFECT = frozenset(_PLACES + _DOINGS + _BUDGETS)
 """Flags that no result depends on, or that are known better: weights and examples by digests, budgets one by one."""
+
+
+WEIGHTS = "weights of the model"
 
 
 @contextmanager
@@ -72,6 +77,14 @@ def open_ledger(session: Session) -> None:
     if ledger is None:  # reads what is there before the main one goes on
         ledger = Ledger(folder, found, data=data, resume=True, writes=False)
     job.workers.barrier()
+    before = ledger.earlier.get(WEIGHTS, found[WEIGHTS])
+    if before != found[WEIGHTS] and job.workers.is_main:
+        warnings.warn(
+            f"{options.output_dir / job.folder}...: another model that is called {job.source.name}, too, was reported "
+            "here; its checkpoints are replaced (another --output_dir keeps both)",
+            ShrinkformerWarning,
+            stacklevel=2,
+        )
     if ledger.news:
         job.say(ledger.news)
     session.resources = replace(session.resources, ledger=ledger, store=ledger.moments)
@@ -84,7 +97,7 @@ def _identity(session: Session) -> dict[str, str]:
     files = sorted(location.glob("*.safetensors")) if location.is_dir() else []
     flags = {field.name: getattr(options, field.name) for field in fields(options)}
     return {
-        "weights of the model": fingerprint(session.model, files),
+        WEIGHTS: fingerprint(session.model, files),
         "head of the model": _head(session),
         "calibration examples": examples_digest(job.batches),
         EVALUATION_EXAMPLES: job.evaluation_digest(),
@@ -110,7 +123,7 @@ def is_finished(session: Session, budget: Budget) -> bool:
     if not folder.is_dir() or not any(folder.iterdir()) or not may_be_replaced(folder):
         return False
     session.job.say(
-        f"mu {budget.mu:g} is finished: {folder}, reported in {session.options.output_dir / session.job.stem}.txt"
+        f"mu {budget.amount} is finished: {folder}, reported in {session.options.output_dir / session.job.stem}.txt"
     )
     return True
 

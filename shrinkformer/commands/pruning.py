@@ -18,6 +18,7 @@ from shrinkformer.commands.session import Job, Session, measure, target
 from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.errors import CheckpointError
 from shrinkformer.export.onnx_export import TOLERANCE, require_exportable
+from shrinkformer.pictures.columns import exact
 from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import load, save
 from shrinkformer.prune.plan import Plan
@@ -61,7 +62,7 @@ def _checks(options: PruneOptions) -> Checks:
 
 
 def _target(job: Job, options: PruneOptions, budget: Budget) -> Path:
-    return target(options, budget, f"{job.folder}-mu{budget.mu:g}")
+    return target(options, budget, f"{job.folder}-mu{budget.amount}")
 
 
 def prune_once(session: Session, budget: Budget) -> Run:
@@ -69,7 +70,7 @@ def prune_once(session: Session, budget: Budget) -> Run:
     job, options, seconds = session.job, session.options, dict(session.seconds)
     dense, pruned, plan, folder = session.dense, None, None, None
     if session.calibrated is not None and budget.mu < 1:
-        job.say(f"pruning to mu {budget.mu:g} by {options.method}")
+        job.say(f"pruning to mu {budget.amount} by {options.method}")
         folder = _target(job, options, budget)
         step = _prune_lazily if session.lazily else _prune_in_memory
         dense, pruned, plan = step(session, budget, folder, seconds)
@@ -116,7 +117,7 @@ def _prune_in_memory(
 
 
 def _card(session: Session, folder: Path, plan: Plan, *, custom: bool) -> str:
-    return session.card(folder, f"at {plan.mu:g} of its MACs", plan=plan, custom=custom)
+    return session.card(folder, f"at {exact(plan.mu)} of its MACs", plan=plan, custom=custom)
 
 
 def _export(

@@ -7,6 +7,7 @@ from shrinkformer.commands.cards import Card, finish_card
 from shrinkformer.commands.report import Run
 from shrinkformer.commands.tracking import track
 from shrinkformer.errors import HubError, ShrinkformerError
+from shrinkformer.pictures.columns import exact
 from shrinkformer.utils.upload import push_to_hub
 
 
@@ -39,7 +40,7 @@ class Publisher:
         """
         for number, card in enumerate(cards):
             finish_card(card, run)
-            name = self.repo_id + (f"-mu{run.mu:g}" if self.several else "") + (f"-{card.kind}" if number else "")
+            name = self.repo_id + (f"-mu{exact(run.mu)}" if self.several else "") + (f"-{card.kind}" if number else "")
             self._folders[name] = card.folder
         try:
             track(run, self.report_to, tracked)

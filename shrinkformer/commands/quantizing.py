@@ -21,6 +21,7 @@ from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.errors import CheckpointError
 from shrinkformer.export.onnx_export import require_exportable
 from shrinkformer.export.runtime import require_onnx
+from shrinkformer.pictures.columns import exact
 from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.plan import Plan
@@ -219,7 +220,7 @@ def _prune(session: Session, budget: Budget, seconds: dict[str, float]) -> tuple
     """The pruned model with its figures; nothing at a budget of 1."""
     if session.calibrated is None or budget.mu == 1:
         return None, None
-    session.job.say(f"pruning to mu {budget.mu:g} by {session.options.method}")
+    session.job.say(f"pruning to mu {budget.amount} by {session.options.method}")
     result = session.calibrated.prune(budget)
     seconds |= result.seconds
     with timed(seconds, "evaluation"):
@@ -285,8 +286,8 @@ def targets_of(job: Job, options: QuantizeOptions, budget: Budget, groups: Colle
         whole = [size for size in sorted(groups) if size > 0]
         name += "g" + "-".join(map(str, dict.fromkeys((whole[0], whole[-1])))) if whole else ""
     else:
-        name = f"bytes{options.target_ratio:g}"
-    stem = f"{job.folder}-mu{budget.mu:g}-{name}" if budget.mu < 1 else f"{job.folder}-{name}"
+        name = f"bytes{exact(options.target_ratio)}"
+    stem = f"{job.folder}-mu{budget.amount}-{name}" if budget.mu < 1 else f"{job.folder}-{name}"
     base = target(options, budget, stem)
     first, *others = options.format
     return {first: base, **{kind: base.with_name(f"{base.name}-{kind}") for kind in others}}

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from shrinkformer.evaluate.paired import STDERR, names_of
-from shrinkformer.pictures.columns import aligned, figure, ratio
+from shrinkformer.pictures.columns import aligned, exact, figure, ratio
 from shrinkformer.pictures.runs import DECODED, heading
 from shrinkformer.prune.plan import Plan
 from shrinkformer.quantize.config import LayerReport, Quantized
@@ -42,10 +42,15 @@ def _title(run: "Run") -> str:
     """What was done to which model: nothing that was only asked for."""
     target = "" if run.target_ratio is None else f"target ratio {run.target_ratio:g}, "
     if run.plan is None:
-        pruned = f"not pruned (mu {run.mu:.4g})"
+        pruned = f"not pruned (mu {mu_in_words(run)})"
     else:
-        pruned = f"method {run.method}, mu {run.mu:.4g} ({run.plan.ratio:.4f} of the MACs kept)"
+        pruned = f"method {run.method}, mu {mu_in_words(run)} ({run.plan.ratio:.4f} of the MACs kept)"
     return f"{run.model_name} on {run.task_name}: {target}{pruned}, seed {run.seed}, {calibration_of(run)}"
+
+
+def mu_in_words(run: "Run") -> str:
+    """What was asked for; the long fraction that a target ratio led to in short."""
+    return exact(run.mu) if run.target_ratio is None else f"{run.mu:.4g}"
 
 
 def calibration_of(run: "Run") -> str:

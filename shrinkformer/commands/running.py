@@ -102,7 +102,7 @@ def _take_steps(session: Session, budgets: Sequence[Budget], step: Step) -> None
             say("\n" + run.table())
             stem = options.output_dir / job.stem
             say(f"  report: {write_report(run, stem)}\n")
-            publisher.take(run, session.cards.values(), stem.parent / "runs" / f"{stem.name}-mu{budget.mu:g}")
+            publisher.take(run, session.cards.values(), stem.parent / "runs" / f"{stem.name}-mu{budget.amount}")
             if run.save_dir is not None:
                 finish(session, budget, run.save_dir)
         session.cards.clear()

@@ -206,7 +206,7 @@ def target(options: PruneOptions, budget: Budget, name: str) -> Path:
     """Where the checkpoint for a budget goes: ``name`` below the output folder, unless the user gave a place."""
     if options.save_dir is None:
         return options.output_dir / name
-    return options.save_dir if len(options.mu) == 1 else options.save_dir / f"mu{budget.mu:g}"
+    return options.save_dir if len(options.mu) == 1 else options.save_dir / f"mu{budget.amount}"
 
 
 def measure_dense(session: Session) -> Measured:

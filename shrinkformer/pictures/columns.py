@@ -47,6 +47,16 @@ def figure(value: float | None, digits: int = 4, sign: str = "") -> str:
     return f"{value:{sign.replace(',', '')}.3g}" if huge or tiny else f"{value:{sign}.{digits}f}"
 
 
+def exact(value: float) -> str:
+    """The shortest text that means a number and no other: folders of two budgets need two names.
+
+    >>> exact(0.5), exact(1.0), exact(0.5000001)
+    ('0.5', '1', '0.5000001')
+    """
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def ratio(value: float, whole: float) -> str:
     """A multiple such as ``0.512x``; "n/a" where there is nothing to compare with."""
     return f"{value / whole:.3f}x" if whole and math.isfinite(value) and math.isfinite(whole) else "n/a"

@@ -86,8 +86,7 @@ def _comparison(runs: Sequence[RunRecord], metric: str, axis: str, x_of: Callabl
     quantized = {name for run, name in zip(runs, names, strict=True) if QUANTIZED in run.models}
     for run, name in zip(runs, names, strict=True):
         if len(run.models) > 1:
-            mu = shown(number(run.fields.get("mu")), ".4g")
-            lines.setdefault(name, []).append(point(run.last, f"{name}, mu {mu}"))
+            lines.setdefault(name, []).append(point(run.last, f"{name}, mu {run.mu}"))
     colours = iter(OTHERS * (1 + len(lines) // len(OTHERS)))
     given = runs[-1].heading(DENSE)
     series = [PointSeries(given, DENSE, (point(runs[-1].models[DENSE], given),), "square")]

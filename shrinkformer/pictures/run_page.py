@@ -81,6 +81,6 @@ def _headline(run: RunRecord) -> list[tuple[str, str, str]]:
 
 def _asked(run: RunRecord) -> str:
     target = f"target ratio {run.word('target_ratio')}, " if run.word("target_ratio") else ""
-    mu, kept = number(run.fields.get("mu")), number(section_of(run.fields, "ratio").get("macs"))
+    kept = number(section_of(run.fields, "ratio").get("macs"))
     reached = f" ({shown(kept, '.4f')} of the MACs kept)" if PRUNED in run.models and math.isfinite(kept) else ""
-    return f"{target}{run.how}, mu {shown(mu, '.4g')}{reached}, seed {run.word('seed')}"
+    return f"{target}{run.how}, mu {run.mu}{reached}, seed {run.word('seed')}"

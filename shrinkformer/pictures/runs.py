@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shrinkformer.pictures.charts import DENSE, NOTHING, PRUNED, QUANTIZED, shown
+from shrinkformer.pictures.columns import exact
 
 _LARGEST = 1e30
 """What no figure of a model reaches; beyond it, scales of charts would overflow."""
@@ -176,21 +177,26 @@ class RunRecord:
         return ", ".join(names) or self.given
 
     @property
+    def mu(self) -> str:
+        """The budget that was asked for; the long fraction that a target ratio led to in short."""
+        value = number(self.fields.get("mu"))
+        return exact(value) if math.isfinite(value) and not self.word("target_ratio") else shown(value, ".4g")
+
+    @property
     def label(self) -> str:
         """Method, bits and budget."""
         target = self.word("target_ratio")
-        budget = f"target ratio {target}" if target else f"mu {shown(number(self.fields.get('mu')), '.4g')}"
+        budget = f"target ratio {target}" if target else f"mu {self.mu}"
         return f"{self.how}, {budget}"
 
     @property
     def summary(self) -> str:
         """The run in one line."""
-        mu = shown(number(self.fields.get("mu")), ".4g")
         metrics = ", ".join(f"{name} {with_error(self.last, name)}" for name in self.metrics)
         macs = share(self.last.macs, self.models[DENSE].macs)
         change = change_in_words(self, self.main_metric) if len(self.models) > 1 else ""
         more = f"; {self.main_metric} changed by {change}" if change else ""
-        return f"{self.moment}  {self.how}, mu {mu}: {metrics}; {macs} of the MACs{more}"
+        return f"{self.moment}  {self.how}, mu {self.mu}: {metrics}; {macs} of the MACs{more}"
 
     @property
     def settings(self) -> tuple[str, ...]:

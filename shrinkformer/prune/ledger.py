@@ -31,9 +31,8 @@ from shrinkformer.utils.files import write_atomically
 from shrinkformer.utils.journal import Journal
 
 IDENTITY_FILE, VALUES_FILE = "identity.json", "values.jsonl"
-_MOMENTS = "moments"
-_FOLDERS = {BLOCKS: "refitted", QUANTIZED: "quantized"}
-"""Below the folder for data; in each of them one for every budget."""
+_MOMENTS, _QUANTIZED = "moments", "quantized"
+"""Below the folder for data, and there below that of a budget; all other folders of a budget hold refitted blocks."""
 
 Files = TypeVar("Files", bound=BlockFiles)
 
@@ -50,6 +49,7 @@ class Ledger:
         writes: Whether this process writes; of several processes one does.
 
     Attributes:
+        earlier: Facts of the run that was there before, whether or not it is taken up.
         news: What differs from the interrupted run, and what is therefore found again, in one line; "" if nothing.
 
     Raises:
@@ -68,6 +68,7 @@ class Ledger:
         self.folder = folder
         self.data = folder / "blocks" if folder is not None and data is None else data
         self.news = ""
+        self.earlier: Mapping[str, str] = {}
         self._identity = dict(identity or {})
         self._writes = writes
         if folder is not None and writes:
@@ -87,7 +88,7 @@ class Ledger:
 
     def blocks(self, budget: Budget, model: str) -> WeightFiles | None:
         """The weights of finished blocks of one of the models that are made for a budget."""
-        folder = self._of(BLOCKS, budget)
+        folder = self._of(budget)
         return None if folder is None else WeightFiles(folder / _as_file_name(model), self.key(BLOCKS))
 
     def quantized(self, kind: Callable[..., Files], budget: Budget, asked: str = "") -> Files | None:
@@ -101,15 +102,14 @@ class Ledger:
         Raises:
             InputError: What is there depends on something else.
         """
-        folder = self._of(QUANTIZED, budget)
-        return None if folder is None else kind(folder, self.key(QUANTIZED) + asked)
+        folder = self._of(budget)
+        return None if folder is None else kind(folder / _QUANTIZED, self.key(QUANTIZED) + asked)
 
     def forget(self, budget: Budget) -> None:
         """Delete the blocks of a budget whose result is saved."""
-        for stored in _FOLDERS:
-            folder = self._of(stored, budget)
-            if folder is not None and self._writes:
-                shutil.rmtree(folder, ignore_errors=True)
+        folder = self._of(budget)
+        if folder is not None and self._writes:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def finished(self, budget: Budget) -> Any:
         """What :meth:`finish` was told of a budget, by an interrupted run; None if it is not finished."""
@@ -133,13 +133,22 @@ class Ledger:
             shutil.rmtree(self.data, ignore_errors=True)
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _of(self, stored: Stored, budget: Budget) -> Path | None:
-        return None if self.data is None else self.data / _FOLDERS[stored] / name_of(budget)
+    def _of(self, budget: Budget) -> Path | None:
+        return None if self.data is None else self.data / name_of(budget)
+
+    def _folders(self, stored: Stored) -> list[Path]:
+        """Where things are that are kept in files, those of all budgets."""
+        assert self.data is not None
+        if stored is MOMENTS:
+            return [self.data / _MOMENTS]
+        of_budgets = [path for path in self.data.glob("mu*/*") if stored in (BLOCKS, QUANTIZED)]
+        return [path for path in of_budgets if (path.name == _QUANTIZED) == (stored is QUANTIZED)]
 
     def _begin(self, folder: Path, resume: bool) -> None:
-        if not resume:
-            self.clear()
         file = folder / IDENTITY_FILE
+        if not resume:
+            self.earlier = self._earlier(file) if _is_readable(file) else {}
+            self.clear()
         if not file.exists():  # nothing is there, or something whose origin nobody knows
             self.clear()
         else:
@@ -155,7 +164,6 @@ class Ledger:
 
     def _drop(self, folder: Path, earlier: Mapping[str, str]) -> None:
         """Delete what depends on facts that changed, before the new facts are written."""
-        assert self.data is not None
         changed = [name for name in {**earlier, **self._identity} if earlier.get(name) != self._identity.get(name)]
         if not changed:
             return
@@ -168,13 +176,20 @@ class Ledger:
             )
         gone = useless(changed)
         for stored in gone:
-            if not stored.names:
-                shutil.rmtree(self.data / _FOLDERS.get(stored, _MOMENTS), ignore_errors=True)
+            for path in self._folders(stored):
+                shutil.rmtree(path, ignore_errors=True)
         Journal(folder / VALUES_FILE).drop(*(stored.names for stored in gone if stored.names))
         shown = " and ".join(_difference(name, earlier, self._identity) for name in changed)
         again = ", ".join(stored.words for stored in gone if stored is not RUN)
         rest = "" if len(gone) == len(ALL_STORED) else "; the rest is taken up"
         self.news = f"--resume: begun with {shown}, so these are found anew: {again}{rest}"
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_bytes()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _difference(name: str, earlier: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -185,7 +200,7 @@ def _difference(name: str, earlier: Mapping[str, str], now: Mapping[str, str]) -
 
 def name_of(budget: Budget) -> str:
     """A short name of a budget that no other has."""
-    return f"mu{budget.mu:g}-{hashlib.blake2b(repr(budget).encode(), digest_size=4).hexdigest()}"
+    return f"mu{budget.amount}-{hashlib.blake2b(repr(budget).encode(), digest_size=4).hexdigest()}"
 
 
 def _as_file_name(name: str) -> str:

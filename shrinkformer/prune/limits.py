@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from shrinkformer.errors import InputError
+from shrinkformer.pictures.columns import exact
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Budget:
     min_heads: int = 1
     min_neurons: int = 1
     uniform: bool = False
+
+    @property
+    def amount(self) -> str:
+        """``mu`` in names of folders."""
+        return exact(self.mu)
 
     def __post_init__(self) -> None:
         if not 0 < self.mu <= 1:
