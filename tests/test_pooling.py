@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+import shrinkformer
 from shrinkformer.api import evaluate
 from shrinkformer.commands.prune_bert import main
 from shrinkformer.dataset.encoding import encode
@@ -270,3 +271,20 @@ def test_a_prompt_that_pooling_leaves_out_is_refused(tmp_path: Path) -> None:
     theirs[1].include_prompt = False
     with pytest.raises(CheckpointError, match=r"names 'find: ' as default prompt, whose tokens Pooling leaves out"):
         head_in_memory(theirs)
+
+
+def test_saving_from_memory_keeps_the_pooling_too(tmp_path: Path) -> None:
+    """A model remembers the folder that it was read from, through pruning and saving, once and again."""
+    theirs = encoder(tmp_path, "lasttoken")
+    model = type(theirs[0].auto_model).from_pretrained(tmp_path / "encoder")
+    batches = make_batches([3 + index % 18 for index in range(16)], batch_size=16)
+    found = prune_model(model, batches, mu=0.5, method="stat")
+    for place, flag in (("asked", True), ("not asked", False)):
+        shrinkformer.save(found.model, tmp_path / place, tokenizer=build_tokenizer(), sentence_encoder=flag)
+        again = shrinkformer.load(tmp_path / place)
+        head = objective_of(again).sentence
+        assert head.poolings == ("lasttoken",)
+        np.testing.assert_array_equal(embedded(head, again), embedded(head, found.model))
+    plain = prune_model(build_model(head="Model"), batches, mu=0.5, method="stat").model
+    shrinkformer.save(plain, tmp_path / "plain model")
+    assert not (tmp_path / "plain model/modules.json").exists()

@@ -11,10 +11,12 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from shrinkformer.prune.objective import is_headless
 from shrinkformer.prune.sentence_encoder import SIDE_PATTERNS as SENTENCE_ENCODER
 from shrinkformer.prune.sentence_encoder import copy_side_files, write_side_files
 from shrinkformer.trust.folders import require_own_files
 from shrinkformer.trust.tokenizers import require_tokenizer_files
+from shrinkformer.utils.hub import some_files
 
 _TOKENIZER = (
     "tokenizer.json",
@@ -53,7 +55,8 @@ def add_side_files(
     Args:
         folder: Of the new checkpoint; what it holds already stays.
         model: The model; it needs no weights.
-        source: Folder that the model came from, if there is one.
+        source: Folder that the model came from, if there is one. A model without a head keeps the pooling of the folder
+            that it remembers in any case.
         tokenizer: Written; without it, the files of the source are copied.
         sentence_encoder: Write what sentence-transformers needs for mean pooling where the source has nothing of the
             kind.
@@ -72,8 +75,17 @@ def add_side_files(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
     copied = source is not None and copy_side_files(source, folder)
+    if not copied and is_headless(model):
+        own = _own_folder(model, on_hub=sentence_encoder)
+        copied = own is not None and copy_side_files(own, folder)
     if sentence_encoder and not copied:
         write_side_files(folder, model.config, tokenizer)
+
+
+def _own_folder(model: PreTrainedModel, *, on_hub: bool) -> Path | None:
+    """Where a model was read from, as far as it remembers that and the files of a sentence encoder can be had."""
+    location = str(getattr(model, "name_or_path", ""))
+    return some_files(location, SENTENCE_ENCODER) if location and (on_hub or Path(location).is_dir()) else None
 
 
 def _files_of(source: Path) -> Iterator[Path]:
