@@ -25,6 +25,9 @@ from shrinkformer.prune.pooling import MEAN, POOLINGS, SentenceHead, head_in_mem
 from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.sentence_encoder import copy_side_files
 from shrinkformer.prune.shrink_config import ShrinkConfig
+from shrinkformer.quantize.checkpoint import save as save_quantized
+from shrinkformer.quantize.config import QuantizeConfig
+from shrinkformer.quantize.quantizer import quantize_
 from tests.conftest import WORDS, build_model, build_tokenizer, make_batches
 
 TEXTS = [" ".join(WORDS[start : start + length]) for start, length in ((0, 3), (4, 11), (9, 7), (20, 1), (2, 30))]
@@ -288,3 +291,13 @@ def test_saving_from_memory_keeps_the_pooling_too(tmp_path: Path) -> None:
     plain = prune_model(build_model(head="Model"), batches, mu=0.5, method="stat").model
     shrinkformer.save(plain, tmp_path / "plain model")
     assert not (tmp_path / "plain model/modules.json").exists()
+
+
+def test_a_quantized_folder_keeps_the_pooling(tmp_path: Path) -> None:
+    theirs = encoder(tmp_path, ("cls", "max"))
+    model = type(theirs[0].auto_model).from_pretrained(tmp_path / "encoder")
+    batches = make_batches([3 + index % 18 for index in range(16)], batch_size=16)
+    found = quantize_(model, batches, QuantizeConfig(bits=4, group_size=16, quantizer="rtn"))
+    for kind in ("compressed-tensors", "float"):
+        save_quantized(model, found.weights, tmp_path / kind, format=kind, tokenizer=build_tokenizer())
+        assert objective_of(shrinkformer.load(tmp_path / kind)).sentence.poolings == ("cls", "max")

@@ -199,5 +199,6 @@ def load(
     with foreign_errors(CheckpointError, f"{path}: the quantized weights cannot be read", _AGAIN):
         state = read_quantized_state_dict(path, section, dtype)
     model = load_pretrained(chosen, None, config=config, state_dict=state, dtype=dtype, **kwargs)
+    model.name_or_path = model.config.name_or_path = str(path)  # beside which a sentence encoder's modules lie
     read_generation_config(path, model)
     return model.eval()
