@@ -9,9 +9,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 import shrinkformer
+from shrinkformer.architectures import layer_views
 from shrinkformer.commands import prune_bert, prune_opt, quantize_opt
 from shrinkformer.dataset.encoding import encode
 from shrinkformer.dataset.tasks import get_task
@@ -19,9 +21,15 @@ from shrinkformer.efficiency.latency import measure_latency
 from shrinkformer.efficiency.rounding import choose_multiple
 from shrinkformer.evaluate.evaluation import evaluate_model
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
+from shrinkformer.export.tracing import float_copy
+from shrinkformer.prune import pooling
 from shrinkformer.prune.budget import Budget
+from shrinkformer.prune.divergence import Judge
+from shrinkformer.prune.fisher import output_metrics
 from shrinkformer.prune.latency_table import LatencyTable
 from shrinkformer.prune.methods import METHOD_NAMES
+from shrinkformer.prune.objective import Objective, objective_of
+from shrinkformer.prune.pooling import SentenceHead
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.result import Pruned
 from shrinkformer.prune.shrink_config import ShrinkConfig
@@ -135,6 +143,58 @@ class TestPruning:
         for one, other in zip(ours.layers, theirs.prune(Budget(0.5, 12.0)).plan.layers, strict=True):
             assert (one.heads, one.neurons) == (other.heads, other.neurons)
             assert one.ffn_error == pytest.approx(other.ffn_error, rel=1e-4)
+
+
+def multi_label() -> Any:
+    model = there(num_labels=3)
+    model.config.problem_type = "multi_label_classification"
+    return model
+
+
+CHOICES = [{name: value.view(4, 2, -1) for name, value in batch.items()} for batch in BATCHES]
+
+DENSE = pooling.Dense(nn.Linear(16, 8), nn.Tanh(), None)
+
+HEADS: dict[str, Callable[[], tuple[Any, Any, Objective | None]]] = {
+    "labels": lambda: (multi_label(), BATCHES, None),
+    "numbers": lambda: (there(num_labels=1), BATCHES, None),
+    "choices": lambda: (there("bert", "ForMultipleChoice"), CHOICES, None),
+    "masked words": lambda: (there("bert", "ForMaskedLM"), BATCHES, None),
+    "pretraining": lambda: (there("bert", "ForPreTraining"), BATCHES, None),
+    "discriminator": lambda: (there("electra", "ForPreTraining"), BATCHES, None),
+    "last token": lambda: (there("llama", "ForSequenceClassification"), BATCHES, None),
+    "poolings": lambda: (
+        there("bert", "Model"),
+        BATCHES,
+        Objective(sentence=SentenceHead(tuple(pooling.POOLINGS), behind=(pooling.Normalize(),))),
+    ),
+    "dense": lambda: (
+        there("bert", "Model"),
+        BATCHES,
+        Objective(sentence=SentenceHead(("cls",), behind=(DENSE,), similarity="dot")),
+    ),
+}
+
+
+class TestObjectives:
+    @pytest.mark.parametrize("name", HEADS)
+    def test_every_head_is_judged_and_weighed(self, name: str) -> None:
+        model, batches, given = HEADS[name]()
+        objective = (given or objective_of(model)).scaled(model, batches)
+        assert Judge(model, batches, objective).of(model) == pytest.approx(0.0, abs=1e-6)
+        (view, *_) = layer_views(model)
+        layers = {"it": view.linear(view.architecture.feed_forward.output).module}
+        assert output_metrics(model, layers, batches, objective=objective)["it"].device.type == NAME
+
+
+class TestDoors:
+    def test_in_place_and_on_the_way_to_onnx(self) -> None:
+        model = there()
+        shrinkformer.prune_(model, WHOLE, shrinkformer.PruneConfig(mu=0.6, method="stat"))
+        assert not list(on_the_device(model))
+        copied = float_copy(model)  # torch.export itself cannot trace here
+        assert {value.device.type for value in copied.parameters()} == {"cpu"}
+        assert not list(on_the_device(model))
 
 
 class TestQuantizing:
