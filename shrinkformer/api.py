@@ -30,7 +30,7 @@ from shrinkformer.prune.objective import objective_of
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pooling import MEAN
 from shrinkformer.prune.pruner import calibrate
-from shrinkformer.prune.received import receive
+from shrinkformer.prune.received import receive, wrapped_objective
 from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.prune.stream import mean_length
 from shrinkformer.prune.surgery import take_blocks
@@ -148,7 +148,8 @@ def evaluate(
         DataError: The data is missing.
         CheckpointError: The model's head does not fit the task.
     """
-    model, folder = unwrap(model).model, None if data_dir is None else Path(data_dir)
+    inside, folder = unwrap(model), None if data_dir is None else Path(data_dir)
+    model = inside.model
     device, longest = next(model.parameters()).device, max_positions(model.config)
     if task in CORPORA:
         length = min(LONGEST, longest, int(tokenizer.model_max_length))
@@ -158,7 +159,7 @@ def evaluate(
     if task not in TASKS:
         raise InputError(f"task {task!r} is not known; choose one of {', '.join([*TASKS, *CORPORA])}")
     chosen = get_task(task)
-    objective = objective_of(model) if chosen.kind == "similarity" else None
+    objective = (wrapped_objective(inside) or objective_of(model)) if chosen.kind == "similarity" else None
     head = MEAN if objective is None else objective.sentence
     splits = {
         split: encode(

@@ -256,9 +256,9 @@ def test_texts_are_read_as_the_encoder_reads_them(how: dict[str, Any], pairs: da
     columns = [theirs.encode(list(loud[name])) for name in ("sentence1", "sentence2")]
     own = spearmanr(theirs.similarity_pairwise(*columns).numpy(), pairs["label"]).statistic
     model = type(theirs[0].auto_model).from_pretrained(folder)
-    tokenizer = build_tokenizer()
-    found = evaluate(model, tokenizer, "similarity", data_dir=tmp_path / "data")
-    assert found["spearmanr"] == pytest.approx(own, abs=1e-6)
+    for given in (model, theirs):
+        found = evaluate(given, build_tokenizer(), "similarity", data_dir=tmp_path / "data")
+        assert found["spearmanr"] == pytest.approx(own, abs=1e-6)
     other = read_head(folder)
     assert other is not None
     assert (other.prompt, other.lower, other.longest) == (

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from shrinkformer.architectures.wrapped import unwrap
+from shrinkformer.architectures.wrapped import Inside, unwrap
 from shrinkformer.dataset.batches import as_batches
 from shrinkformer.prune.objective import Objective, objective_of
 from shrinkformer.prune.statistics import Batches
@@ -44,6 +44,9 @@ def receive(
     """
     inside = unwrap(model)
     batches = as_batches(data, inside.model, tokenizer=tokenizer or inside.tokenizer, most=most)
-    if objective is None and hasattr(inside.wrapper, "similarity_fn_name"):  # a SentenceTransformer
-        objective = objective_of(inside.wrapper)
-    return Received(inside.model, padded_right(batches), objective)
+    return Received(inside.model, padded_right(batches), objective or wrapped_objective(inside))
+
+
+def wrapped_objective(inside: Inside) -> Objective | None:
+    """What a wrapper makes of a model's outputs, where it makes anything of them."""
+    return objective_of(inside.wrapper) if hasattr(inside.wrapper, "similarity_fn_name") else None
