@@ -207,3 +207,28 @@ def test_names_that_contradict_are_refused_before_anything_runs(work: Path, tmp_
     where = ["--task_name", "mnli", "--data_dir", str(tmp_path / "data"), "--sample_batch_size", "2", "--mu", "1"]
     assert main(["--model_name", str(folder), "--dry_run", *where]) == 2
     assert "entailment stands in another place" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_pads_on_the_wrong_side_is_said(work: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(work / "model", tmp_path / "model")
+    build_tokenizer(pad_left=True).save_pretrained(tmp_path / "model")
+    where = [
+        "--task_name",
+        "sst2",
+        "--data_dir",
+        str(work / "data"),
+        "--output_dir",
+        str(tmp_path / "output"),
+        "--mu",
+        "1",
+    ]
+    found = {}
+    for size in ("1", "32"):
+        assert (
+            main(["--model_name", str(tmp_path / "model"), "--sample_batch_size", "8", "--batch_size", size, *where])
+            == 0
+        )
+        assert "its tokenizer pads on the left" in capsys.readouterr().err
+        record = json.loads((tmp_path / "output/model/sst2.jsonl").read_text().splitlines()[-1])
+        found[size] = record["dense"]["metrics"]["accuracy"]
+    assert found == {"1": 1.0, "32": 1.0}

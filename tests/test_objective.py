@@ -9,13 +9,13 @@ from scipy import stats
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from shrinkformer.errors import UnsupportedModelError
-from shrinkformer.prune.divergence import Target, predictions
+from shrinkformer.errors import InputError, UnsupportedModelError
+from shrinkformer.prune.divergence import Judge, Target, predictions
 from shrinkformer.prune.fisher import log_likelihood, output_metrics, pass_gradients
 from shrinkformer.prune.objective import Logits, objective_of
 from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.shrink_config import ShrinkConfig
-from shrinkformer.utils.inputs import padded_right
+from shrinkformer.utils.inputs import outputs_of, padded_right
 from tests.conftest import ENCODERS, FAMILIES, build_model, make_batches
 
 BATCHES = make_batches([3 + index % 18 for index in range(48)], batch_size=16)
@@ -144,6 +144,11 @@ class TestHeads:
         with pytest.raises(UnsupportedModelError, match="with attentions; known are logits"):
             objective_of(model).predictions(type(model(**BATCHES[0]))(attentions=(torch.ones(1),)), torch.ones(1, 1))
 
+    def test_logits_that_nobody_looks_at_are_named(self) -> None:
+        model = build_model("gpt2", "DoubleHeadsModel")
+        with pytest.raises(UnsupportedModelError, match="GPT2DoubleHeadsModelOutput has mc_logits"):
+            prune_model(model, BATCHES, mu=0.5, method="kwon")
+
     def test_of_an_unknown_head_all_logits_count(self) -> None:
         mask = torch.ones(1, 3, dtype=torch.bool)
         dense, other = (predictions(classified(torch.full((1, 2), value)), mask) for value in (0.0, 4.0))
@@ -207,6 +212,43 @@ def test_the_last_token_is_that_of_the_text() -> None:
     with torch.no_grad():
         each = torch.cat([model(**one).logits for one in alone])
         torch.testing.assert_close(each, model(**BATCHES[0]).logits)
+
+
+def test_padding_by_another_id() -> None:
+    """What a tokenizer pads with need not be what the model looks for behind the last token."""
+    model = build_model("llama", "ForSequenceClassification")
+    other = [{**one, "input_ids": one["input_ids"].masked_fill(one["attention_mask"] == 0, 7)} for one in BATCHES]
+    for given, same in zip(other, BATCHES, strict=True):
+        with torch.no_grad():
+            assert torch.equal(outputs_of(model, given).logits, model(**same).logits)
+            assert not torch.equal(model(**given).logits, model(**same).logits)
+    model.config.pad_token_id = None
+    with pytest.raises(InputError, match="LlamaForSequenceClassification has no pad_token_id"):
+        prune_model(model, BATCHES, mu=0.5)
+
+
+HEADS = {
+    "labels of bert": ("bert", "ForSequenceClassification", {"num_labels": 4, "problem_type": MULTI}),
+    "labels of llama": ("llama", "ForSequenceClassification", {"num_labels": 3, "problem_type": MULTI}),
+    "numbers": ("distilbert", "ForSequenceClassification", {"num_labels": 3, "problem_type": REGRESSION}),
+    "two parts": ("bert", "ForPreTraining", {}),
+    "replaced tokens": ("electra", "ForPreTraining", {}),
+    "tags": ("gpt2", "ForTokenClassification", {}),
+    "masked words": ("roberta", "ForMaskedLM", {}),
+    "answers": ("opt", "ForQuestionAnswering", {}),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("method", ["shrink", "kwon", "kprune"])
+def test_every_head_by_every_method_that_looks_at_predictions(head: str, method: str) -> None:
+    family, ending, sizes = HEADS[head]
+    model = build_model(family, ending, **sizes)
+    found = prune_model(model, BATCHES, mu=0.5, method=method, config=ShrinkConfig(search_seconds=0.0))
+    assert 0.4 < found.plan.ratio <= 0.5
+    judge = Judge(model, BATCHES, objective_of(model).scaled(model, BATCHES))
+    assert judge.of(model) == 0
+    assert 0 < judge.of(found.model) < 20
 
 
 class TestPaddingSide:

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from shrinkformer.architectures import DECODERS
+from shrinkformer.architectures import DECODERS, ENCODERS
 from shrinkformer.architectures.heads import BARE, HEADS, Head, head_of
 from shrinkformer.commands.options import BUNDLED_DECODER, BUNDLED_MODEL
 from shrinkformer.dataset.tasks import Task
-from shrinkformer.errors import CheckpointError, InputError, UnsupportedModelError
+from shrinkformer.errors import CheckpointError, InputError, ShrinkformerWarning, UnsupportedModelError
 from shrinkformer.evaluate.labels import label_columns
 from shrinkformer.prune import pruned_modeling
 from shrinkformer.prune.lazy import load_lazily
@@ -369,6 +370,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
     Raises:
         InputError: The folder has none.
+
+    Warns:
+        ShrinkformerWarning: It pads on a side that the model was not made for.
     """
     if not may_have_tokenizer(source.location):
         raise InputError(
@@ -383,8 +387,22 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             require_sane(tokenizer)
     except CheckpointError as error:
         raise InputError(f"--model_name {source.name}: {error}") from None
+    if tokenizer.padding_side == "left" and _counts_columns(source.config):
+        warnings.warn(
+            f"--model_name {source.name}: its tokenizer pads on the left, but the model counts positions from the first"
+            " column; here texts are padded on the right, elsewhere outputs will depend on the texts beside them: "
+            'save the tokenizer with padding_side="right"',
+            ShrinkformerWarning,
+            stacklevel=2,
+        )
     checked: PreTrainedTokenizerBase = tokenizer
     return checked
+
+
+def _counts_columns(config: PreTrainedConfig) -> bool:
+    """Whether an encoder's positions begin with the first column, be it padding or not."""
+    record = ENCODERS.get(config.model_type)
+    return record is not None and not record.positions_follow_padding
 
 
 def require_label_names(source: Source, task: Task, data: Iterable["datasets.Dataset | None"]) -> None:

@@ -19,7 +19,7 @@ from shrinkformer.evaluate.paired import Scores
 from shrinkformer.evaluate.scores import count_examples, require_labels, score_answers, score_labels
 from shrinkformer.prune.objective import Objective, objective_of
 from shrinkformer.prune.pooling import MEAN, SentenceHead
-from shrinkformer.utils.inputs import outputs_of
+from shrinkformer.utils.inputs import outputs_of, require_padding_id
 from shrinkformer.utils.memory import Halving
 from shrinkformer.utils.modes import evaluation_mode
 from shrinkformer.utils.parallel import ALONE, Workers
@@ -106,6 +106,7 @@ def evaluate_model(
     for split, encoded in splits.items():
         require_labels(task, split, encoded)
         label_columns(task, getattr(model, "config", None), encoded.examples)  # complains before minutes have passed
+    require_padding_id(model)
     if task.kind == "similarity":
         objective = objective or objective_of(model)
     head = MEAN if objective is None else objective.sentence

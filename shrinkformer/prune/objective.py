@@ -25,6 +25,8 @@ from shrinkformer.utils.hub import some_files
 from shrinkformer.utils.inputs import outputs_of, token_mask
 from shrinkformer.utils.parallel import ALONE, Workers
 
+_LOGITS = frozenset(("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits"))
+
 _SCALED_ON = 4096
 """Tokens on which the spread of numbers is measured."""
 
@@ -79,6 +81,11 @@ class Objective:
         Raises:
             UnsupportedModelError: There is nothing in the output that this package knows.
         """
+        others = [name for name in output if name.endswith("logits") and name not in _LOGITS]
+        if others:
+            raise UnsupportedModelError(
+                f"{type(output).__name__} has {', '.join(others)}, which nothing here looks at; remove that head."
+            )
         if "start_logits" in output:
             parts = (output.start_logits, output.end_logits)
             logs = tuple(torch.log_softmax(part.float().masked_fill(~mask, -1e4), -1) for part in parts)

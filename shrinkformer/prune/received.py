@@ -9,7 +9,7 @@ from shrinkformer.architectures.wrapped import Inside, unwrap
 from shrinkformer.dataset.batches import as_batches
 from shrinkformer.prune.objective import Objective, objective_of
 from shrinkformer.prune.statistics import Batches
-from shrinkformer.utils.inputs import padded_right
+from shrinkformer.utils.inputs import padded_right, require_padding_id
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def receive(
         InputError: Either is nothing that can be used; it says what to pass.
     """
     inside = unwrap(model)
+    require_padding_id(inside.model)
     batches = as_batches(data, inside.model, tokenizer=tokenizer or inside.tokenizer, most=most)
     return Received(inside.model, padded_right(batches), objective or wrapped_objective(inside))
 

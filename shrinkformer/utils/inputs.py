@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shrinkformer.architectures import DECODERS
+from shrinkformer.errors import InputError
+
 
 def accepted_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a model's forward pass takes of a batch, on the model's device.
@@ -64,6 +67,21 @@ def token_rows_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
     """Where the tokens of a batch are, ``(rows, length)`` bool."""
     return batch["attention_mask"].bool().flatten(0, -2)
+
+
+def require_padding_id(model: nn.Module) -> None:
+    """Check that a decoder's classifier can find the last token of each of several texts.
+
+    Raises:
+        InputError: Its configuration has no id for padding, so that transformers takes one text at a time.
+    """
+    config = getattr(model, "config", None)
+    classifies = any(kind.__name__.endswith("ForSequenceClassification") for kind in type(model).__mro__)
+    if classifies and getattr(config, "model_type", None) in DECODERS and getattr(config, "pad_token_id", 0) is None:
+        raise InputError(
+            f"{type(model).__name__} has no pad_token_id, by which it finds the last token of each text; set "
+            "pad_token_id in config.json (model.config.pad_token_id), to that of the tokenizer."
+        )
 
 
 def _padded_as_known(batch: Mapping[str, Tensor], config: Any) -> Mapping[str, Tensor]:
