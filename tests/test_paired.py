@@ -122,9 +122,7 @@ class TestScores:
         assert again == found
         assert (again.deviations["f1"] == found.deviations["f1"]).all()
 
-    @pytest.mark.parametrize(
-        "found", ["x", {}, [1], {"metrics": {}, "deviations": {}}, {"metrics": {"a": None}, "deviations": {}}]
-    )
+    @pytest.mark.parametrize("found", ["x", {}, [1], {"metrics": {}}, {"metrics": {"a": None}, "deviations": {}}])
     def test_json_of_something_else(self, found: Any) -> None:
         with pytest.raises(ValueError, match="evaluation"):
             Scores.from_json(found)

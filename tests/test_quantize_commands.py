@@ -1,6 +1,7 @@
 """quantize_opt.py and quantize_bert.py, end to end on tiny models: files, reports, loading again, bad input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,13 @@ class TestDecoder:
     @pytest.mark.parametrize("memory", [(), SMALL])
     @pytest.mark.parametrize("mu", ["1", "0.7"])
     def test_an_interrupted_run_is_taken_up(
-        self, inside: Path, data: Path, monkeypatch: pytest.MonkeyPatch, mu: str, memory: tuple[str, ...]
+        self,
+        inside: Path,
+        data: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        mu: str,
+        memory: tuple[str, ...],
     ) -> None:
         arguments = ("--bits", "4", "--group_size", "8", "--mu", mu, "--method", "stat", *memory)
         assert quantize(data, *arguments, "--output_dir", "whole") == 0
@@ -100,7 +107,12 @@ class TestDecoder:
         monkeypatch.chdir(inside)
         (left,) = Path("output").rglob("quantized")
         assert [file.name for file in left.iterdir()] == ["block0000.safetensors"]
-        assert quantize(data, *arguments, "--resume", "--quantizer", "gptq") == 2  # its blocks are not these
+        kept = Path("kept")
+        shutil.copytree(Path("output"), kept)
+        assert quantize(data, *arguments, "--resume", "--quantizer", "gptq") == 0  # its blocks are not these
+        assert "--quantizer shrink (now gptq), so these are found anew: quantized blocks" in capsys.readouterr().out
+        shutil.rmtree("output")
+        kept.rename("output")
         assert quantize(data, *arguments, "--resume") == 0
         assert not left.exists()
         (ours,), (theirs,) = (list(Path(place).rglob("model*.safetensors")) for place in ("output", "whole"))

@@ -66,6 +66,9 @@ def read_own_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
         whole="an encoder is evaluated as a whole",
         sentence_encoder=head is BARE and (Path(source.location) / MODULES).is_file(),
         objective=objective if head is BARE else None,
+        facts={
+            "evaluated on": f"{sum(len(next(iter(batch.values()))) for batch in judged):,} texts that were set aside"
+        },
         evaluation_digest=lambda: texts_digest(_words_of(judged)),
     )
 

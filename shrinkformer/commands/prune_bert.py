@@ -111,6 +111,9 @@ def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
         sentence_encoder=task.kind == "similarity",
         objective=objective,
         public=not bundled,
+        facts={
+            "evaluated on": ", ".join(f"{len(one.features):,} inputs of {name}" for name, one in evaluation.items())
+        },
         evaluation_digest=lambda: texts_digest(_words_of(evaluation)),
     )
 

@@ -98,6 +98,7 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
         workers=workers,
         whole="--lm_eval runs on the whole model" if options.lm_eval else "",
         public=not bundled and options.evaluation_windows is None,
+        facts={"evaluated on": _windows_in_words(evaluation, length)},
         evaluation_digest=lambda: texts_digest(f"{name} {rows.tolist()}" for name, rows in evaluation.items()),
     )
 
@@ -185,6 +186,11 @@ def make_evaluate(
         return scores
 
     return evaluate
+
+
+def _windows_in_words(evaluation: Mapping[str, Tensor], length: int) -> str:
+    counts = ", ".join(f"{len(rows):,} of {name}" for name, rows in evaluation.items())
+    return f"windows of {length:,} tokens, {counts}"
 
 
 def _scores(name: str, found: Perplexity) -> Scores:

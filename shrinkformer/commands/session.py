@@ -31,7 +31,7 @@ from shrinkformer.prune.checkpoint import stock_class
 from shrinkformer.prune.columns import known_errors
 from shrinkformer.prune.dependencies import DENSE, RUN
 from shrinkformer.prune.ledger import Ledger
-from shrinkformer.prune.objective import Objective
+from shrinkformer.prune.objective import UNUSUAL, Objective, objective_of
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import Calibrated
 from shrinkformer.prune.resources import Resources
@@ -195,6 +195,10 @@ class Session:
             "weights": f"{memory} in memory, {file} in the file" if memory != file else memory,
             "MACs": f"of an input of {job.sequence_length:.2f} tokens",
         }
+        if job.objective is not None:
+            facts["embeddings"] = job.objective.sentence.in_words()
+        elif not self.model.can_generate() and (logits := objective_of(self.model).logits) in UNUSUAL:
+            facts["predictions"] = logits.value
         if budget.mu < 1 and options.shrinks and options.keeps_whole_heads:
             facts["heads"] = "whole ones only"
         if budget.uniform:

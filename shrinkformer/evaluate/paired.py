@@ -66,8 +66,6 @@ class Scores:
             deviations = {str(name): np.array(values, dtype=np.float64) for name, values in found["deviations"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no figures of an evaluation: {error}") from None
-        if not metrics:
-            raise ValueError("an evaluation without figures")
         return cls(metrics, deviations)
 
 

@@ -57,6 +57,10 @@ class Logits(Enum):
     """A sigmoid for each token, as in ELECTRA's discriminator."""
 
 
+UNUSUAL = (Logits.LABELS, Logits.TOKENS)
+"""What is worth saying of a head."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """What a model predicts, and how far two predictions are apart.

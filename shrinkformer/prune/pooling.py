@@ -117,6 +117,16 @@ class SentenceHead:
     lower: bool = False
     longest: int | None = None
 
+    def in_words(self) -> str:
+        """For reports: how embeddings are made and compared."""
+        words = [f"{' and '.join(self.poolings)} pooling"]
+        words += [type(module).__name__.lower() for module in self.behind]
+        words += [f"compared by {self.similarity}"]
+        words += [f"behind the prompt {self.prompt!r}"] if self.prompt else []
+        words += ["texts in small letters"] if self.lower else []
+        words += [f"at most {self.longest} tokens"] if self.longest else []
+        return ", ".join(words)
+
     def prepare(self, text: str) -> str:
         """A text as the tokenizer gets it."""
         text = self.prompt + text
