@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -69,6 +70,7 @@ def export_onnx(
         checks = traced.checks(tokens)
         program = trace(traced, tokens, list(checks[0][1]))
     tidy(program)
+    spell_out(program)
     write_checked(program, path, checks)
 
 
@@ -144,6 +146,82 @@ def tidy(program: Any, *, keep: str = "") -> None:
         node.metadata_props.update(kept)
     for value in list(program.model.graph.initializers.values()):
         value.name = value.name.removeprefix("model.")  # the name of the model in `Traced`
+
+
+def spell_out(program: Any) -> None:
+    """Write what the exporter folds as optimizers look for it, so that onnxruntime's finds the attention of encoders.
+
+    That is the mask axis by axis, scores divided (a product would be taken for the mask's), and the number of heads in
+    shapes. Nothing else is computed. Graphs whose mask is another one stay as they are, see ``Traced``.
+    """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass  # comes with torch's exporter
+
+    graph, mask = program.model.graph, None
+    for node in list(graph):
+        if (
+            node.op_type == "Unsqueeze"
+            and node.inputs[0].name == "attention_mask"
+            and _numbers(node.inputs[1]) == [1, 2]
+        ):
+            mask = _inserted(graph, "Unsqueeze", [node.inputs[0], _constant(graph, "axis_1", np.int64(1))], node)
+            node.replace_input_with(0, mask)
+            node.replace_input_with(1, _constant(graph, "axis_2", np.int64(2)))
+    named: dict[tuple[str, int], Any] = {}
+    for node in list(graph) if mask is not None else ():
+        if node.op_type == "Reshape":
+            _name_heads(graph, node, named)
+        elif node.op_type == "Softmax" and (added := node.inputs[0].producer()) is not None:
+            _divide_scores(graph, added)
+    RemoveUnusedNodesPass()(program.model)
+
+
+def _name_heads(graph: Any, reshape: Any, named: dict[tuple[str, int], Any]) -> None:
+    shape, made = reshape.inputs[1].producer(), reshape.outputs[0].shape
+    if shape is None or shape.op_type != "Concat" or len(shape.inputs) != 4 or made is None:
+        return
+    batch, tokens, heads, width = shape.inputs
+    if _numbers(heads) == [-1] and isinstance(made[2], int):
+        key = (shape.outputs[0].name, made[2])  # blocks with other numbers of heads share one shape
+        if key not in named:
+            number = _constant(graph, f"{key[0]}_heads_{key[1]}", np.int64(made[2]))
+            named[key] = _inserted(graph, "Concat", [batch, tokens, number, width], reshape, axis=0)
+        reshape.replace_input_with(1, named[key])
+
+
+def _divide_scores(graph: Any, added: Any) -> None:
+    scaled = added.inputs[0].producer() if added.op_type == "Add" else None
+    if scaled is None or scaled.op_type != "Mul" or len(factor := _numbers(scaled.inputs[1])) != 1:
+        return
+    divisor = _constant(graph, f"{scaled.outputs[0].name}_divisor", np.float32(1 / factor[0]))
+    added.replace_input_with(0, _inserted(graph, "Div", [scaled.inputs[0], divisor], added))
+
+
+def _numbers(value: Any) -> list[float]:
+    """What a constant holds; nothing where it is none."""
+    return [] if value is None or value.const_value is None else list(value.const_value.numpy().flatten().tolist())
+
+
+def _constant(graph: Any, name: str, number: np.int64 | np.float32) -> Any:
+    """A new constant: a list of one whole number, or a scalar."""
+    import onnx_ir  # comes with torch's exporter
+
+    content = np.array([number]) if isinstance(number, np.int64) else np.array(number)
+    tensor = onnx_ir.tensor(content, name=name)
+    value = onnx_ir.Value(
+        name=name, const_value=tensor, shape=onnx_ir.Shape(content.shape), type=onnx_ir.TensorType(tensor.dtype)
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _inserted(graph: Any, kind: str, inputs: Sequence[Any], before: Any, **attributes: int) -> Any:
+    """The output of a new node."""
+    import onnx_ir  # comes with torch's exporter
+
+    node = onnx_ir.node(kind, inputs, attributes)
+    node.outputs[0].name = f"{before.outputs[0].name}_{kind.lower()}"
+    graph.insert_before(before, node)
+    return node.outputs[0]
 
 
 def write_checked(program: Any, path: Path, checks: Sequence[tuple[Inputs, Inputs]]) -> None:

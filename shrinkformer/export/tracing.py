@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from shrinkformer.architectures import ENCODERS, layer_views
 from shrinkformer.errors import InputError
 
 Inputs = dict[str, Tensor]
@@ -46,7 +47,19 @@ class Traced(nn.Module):
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         """The same by position."""
-        return tuple(self.named(dict(zip(self.names, values, strict=True))).values())
+        return tuple(self.named(self._plainer(dict(zip(self.names, values, strict=True)))).values())
+
+    def _plainer(self, inputs: Inputs) -> Inputs:
+        """Inputs with the mask as what is added to scores, in the few nodes that optimizers look for.
+
+        transformers takes such a mask as it is; from one of tokens it makes a dozen nodes, in which onnxruntime's
+        optimizer does not recognize attention. Heads that were narrowed stay unrecognized: its node for attention would
+        scale scores by their new width.
+        """
+        if "attention_mask" not in inputs or not has_plain_heads(self.model):
+            return inputs
+        open_ = inputs["attention_mask"].unsqueeze(1).unsqueeze(2).to(torch.float32)
+        return {**inputs, "attention_mask": (1.0 - open_) * torch.finfo(torch.float32).min}
 
     def example(self, given: Mapping[str, Tensor]) -> Inputs:
         """Inputs to trace with."""
@@ -156,6 +169,13 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def has_plain_heads(model: PreTrainedModel) -> bool:
+    """Whether a model is an encoder whose heads are all as wide as they were."""
+    if model.config.model_type not in ENCODERS:
+        return False
+    return all(view.head_size == view.query_width == view.value_width for view in layer_views(model))
 
 
 def positions(mask: Tensor) -> Tensor:
