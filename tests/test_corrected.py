@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import shrinkformer
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.locate import Source, class_of, load_model
+from shrinkformer.commands.main import main
 from shrinkformer.errors import CheckpointError, InputError, ShrinkformerWarning
 from shrinkformer.prune.checkpoint import save
 from shrinkformer.prune.opening import load_pretrained, open_config
@@ -172,6 +173,18 @@ class TestPrunedHeads:
         again = save(pruned, tmp_path / "c")
         assert "pruned_heads" not in json.loads((again / "config.json").read_text())
         assert outputs(shrinkformer.load(again)).equal(outputs(pruned))
+
+    def test_inspect_tells_their_sizes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        gone = {0: [1]}
+        folder = checkpoint(
+            tmp_path,
+            change=lambda state: self.cut("bert", state, gone, silent=False),
+            config={"pruned_heads": {"0": [1]}},
+        )
+        assert main(["inspect", str(folder), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [layer["heads"] for layer in found["layers"]] == [3, 4, 4]
+        assert found["dense"]["macs"] > found["macs"]
 
     @pytest.mark.parametrize("entry", [{"9": [0]}, {"0": [4]}, {"0": [0, 1, 2, 3]}, ["0"], {"x": [1]}])
     def test_what_cannot_be_is_refused_by_name(self, entry: Any, tmp_path: Path) -> None:

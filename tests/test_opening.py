@@ -63,7 +63,7 @@ class TestEntries:
             ("electra", "adapters", {"adapters": {"sst": "houlsby"}, "config_map": {}}),
             ("llama", "attn_logit_softcapping", 50.0),
             ("llama", "residual_multiplier", 0.22),
-            ("mistral", "attention_bias", True),
+            ("llama", "sliding_window", 16),
             ("qwen2", "is_causal", False),
             ("llama", "quantization", {"group_size": 64, "bits": 4}),
         ],
@@ -85,6 +85,9 @@ class TestEntries:
             ("distilbert", {"tie_weights_": True, "output_past": True, "is_decoder": False, "seed_dropout": 0.1}),
             ("llama", {"attention_multiplier": None, "residual_multiplier": 1.0, "rope_theta": 1e4, "min_length": 3}),
             ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 10000, "position_embedding_type": "rotary"}),
+            ("llama", {"sliding_window": 80}),  # as many as there are positions
+            ("gpt_neox", {"sliding_window": 16, "use_sliding_window": False}),
+            ("qwen2", {"attention_bias": True, "mlp_bias": False}),  # the tensors tell
             ("qwen2", {"head_dim": 8, "use_sliding_window": False}),  # not declared, and read all the same
             ("opt", {"activation_dropout": 0.0, "prefix": "</s>", "layer_types": ["full_attention"] * 3}),
         ],
@@ -131,6 +134,7 @@ class TestTensors:
             ("llama", "model.layers.0.self_attn.q_proj.lora_A.default.weight", "merge it"),
             ("qwen2", "model.layers.2.self_attn.q_norm.weight", "another model would be built"),
             ("distilbert", "crf.transitions", "another model would be built"),
+            ("mistral", "model.layers.0.self_attn.o_proj.bias", "another model would be built"),
             ("opt", "model.decoder.extra.bias", "another model would be built"),
         ],
     )

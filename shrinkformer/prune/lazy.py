@@ -136,7 +136,7 @@ def load_lazily(
     path = find_architecture(config.model_type).layers
     taken: list[nn.Module] = []
     emptied = _without_blocks(stock, path, taken)
-    model = load_pretrained(emptied, location, new_head=True, config=config, dtype=dtype, **kwargs)
+    model = load_pretrained(emptied, location, config=config, dtype=dtype, **kwargs)
     model.to(device)
     model.__class__ = stock
     model._keys_to_ignore_on_load_unexpected -= {_names_of_blocks(path)}  # not of its class but its own by now

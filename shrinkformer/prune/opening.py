@@ -172,15 +172,12 @@ def fetch_weights(location: str, config: PreTrainedConfig) -> None:
         return
 
 
-def load_pretrained(
-    chosen: Any, location: str | Path | None, *, new_head: bool = False, **kwargs: Any
-) -> PreTrainedModel:
+def load_pretrained(chosen: Any, location: str | Path | None, **kwargs: Any) -> PreTrainedModel:
     """What ``from_pretrained`` of a class returns, unless it made up a weight or let one fall.
 
     Args:
         chosen: The class.
         location: A folder or name that :func:`open_config` has checked; None with ``state_dict``.
-        new_head: Let transformers make up what stands outside the base model.
         **kwargs: Passed on.
 
     Raises:
@@ -189,8 +186,7 @@ def load_pretrained(
     where = "" if location is None else f"{location}: "
     with foreign_errors(CheckpointError, f"{where}the weights cannot be read", AGAIN):
         model, found = chosen.from_pretrained(location, output_loading_info=True, **kwargs)
-    base = f"{model.base_model_prefix}."
-    require_all(model, (name for name in found["missing_keys"] if not new_head or name.startswith(base)), where)
+    require_all(model, found["missing_keys"], where)
     require_used(model, found["unexpected_keys"], where)
     loaded: PreTrainedModel = model
     pruned_modeling.align(loaded)  # dense and smaller models are compared, in bits and in time

@@ -21,7 +21,6 @@ transformers make themselves, and a pooler, which few heads use."""
 _WRAPPED = ("lora_", "base_model.model.", ".base_layer.", "modules_to_save.", "adapter", "prefix_tuning", "ia3_")
 """Parts of names that adapters and their wrappers have."""
 
-
 _PREFIXES = {"module.": "data parallelism of torch", "_orig_mod.": "torch.compile"}
 """What wrappers put before the names of all tensors."""
 

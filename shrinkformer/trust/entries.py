@@ -44,7 +44,6 @@ COMPUTING: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "final_logit_softcapping": (_OFF, "predictions are squeezed by it"),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), ((*_OFF, 1), _OTHER_SCALE)),
     **dict.fromkeys(("logits_scaling", "logit_scale", "scale_emb", "scale_depth"), ((*_OFF, 1), _OTHER_SCALE)),
-    **dict.fromkeys(("attention_bias", "mlp_bias", "qkv_bias", "use_qkv_bias", "use_bias"), (_OFF, _OTHER_LAYERS)),
     **dict.fromkeys(("use_parallel_residual", "parallel_attn", "embedding_layernorm"), (_OFF, _OTHER_LAYERS)),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), ((*_OFF, 1), _OTHER_BLOCKS)),
     **dict.fromkeys(("no_rope_layers", "full_attn_idxs", "hybrid_override_pattern"), (_OFF, _OTHER_BLOCKS)),
@@ -62,8 +61,17 @@ _RECORDS = frozenset(
         *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_bfloat16", "auto_map"),
         *("finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id", "num_labels"),
         *("tokenizer_class", "prefix", "cls_token_id", "sep_token_id", "mask_token_id", "unk_token_id"),
-        *("pad_token", "language", "model_max_length", "max_sequence_length", "seq_length", "n_ctx"),
+        *(
+            "pad_token",
+            "language",
+            "model_max_length",
+            "max_sequence_length",
+            "seq_length",
+            "n_ctx",
+            "max_window_layers",
+        ),
         *("is_decoder", "add_cross_attention", "tie_encoder_decoder"),  # where not read, they never were
+        *("attention_bias", "mlp_bias", "qkv_bias", "use_qkv_bias", "use_bias"),  # the tensors tell
         *("gradient_checkpointing", "torchscript", "tf_legacy_loss", "keys_to_ignore_at_inference", "output_past"),
         *("use_cache", "return_dict", "chunk_size_feed_forward", "cross_attention_hidden_size", "tie_weights_"),
         *("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head"),
@@ -97,7 +105,7 @@ def require_known_entries(raw: Mapping[str, Any], kind: type[PreTrainedConfig], 
     unread = {name: raw[name] for name in sorted(raw.keys() - _declared(kind)) if not _is_read(name, kind)}
     for name, value in unread.items():
         neutral, meaning = COMPUTING.get(name, (None, ""))
-        if neutral is not None and value not in neutral and not _is_usual(name, value, kind):
+        if neutral is not None and value not in neutral and not _is_usual(name, raw, kind):
             raise CheckpointError(
                 f"{file}: {name} is {shortened(repr(value))}, which transformers {transformers.__version__} does not "
                 f"read for {kind.model_type!r} ({meaning}): another model would be built; use a checkpoint without it."
@@ -134,10 +142,15 @@ def _is_record(name: str) -> bool:
     return known or _OF_TRAINING.search(name) is not None
 
 
-def _is_usual(name: str, value: Any, kind: type[PreTrainedConfig]) -> bool:
+def _is_usual(name: str, raw: Mapping[str, Any], kind: type[PreTrainedConfig]) -> bool:
     """Whether an entry says what the family does anyway."""
+    value = raw[name]
     if name == "layer_types" and isinstance(value, list):
         return set(map(str, value)) == {"full_attention"}
+    if name == "sliding_window":
+        longest = raw.get("max_position_embeddings")
+        unlimited = isinstance(value, int) and isinstance(longest, int) and value >= longest
+        return unlimited or raw.get("use_sliding_window") is False
     return name == "position_embedding_type" and value in ("rope", "rotary") and _is_rotary(kind)
 
 
