@@ -92,6 +92,19 @@ def test_quantized_with_its_own_head(tmp_path: Path) -> None:
     assert 0 < record["quantized"]["metrics"]["divergence"] < 1
 
 
+def test_token_types_of_a_model_that_knows_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As guwenbert has it: a RoBERTa beside BERT's tokenizer. What is saved computes pairs."""
+    folder = checkpoint(tmp_path / "m", "roberta", type_vocab_size=1)
+    file = rows_file(tmp_path, "ForQuestionAnswering")
+    flags = ["--method", "stat", "--mu", 0.6, "--calibration_file", file, "--output_dir", tmp_path / "out"]
+    assert run("prune", "--model_name", folder, *flags) == 0
+    assert "type_vocab_size 1); they are left out, in the saved tokenizer, too" in capsys.readouterr().err
+    saved = tmp_path / "out" / "m" / "text-classification-mu0.6"
+    inputs = transformers.AutoTokenizer.from_pretrained(saved)(TEXTS[0], TEXTS[1], return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert shrinkformer.load(saved)(**inputs).logits.shape == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("head", "flags", "message"),
     [

@@ -63,6 +63,7 @@ def build(world: Path) -> Path:
     for script in ("prune_bert", "prune_opt", "quantize_bert", "quantize_opt", "opt_eval"):
         (work / f"{script}.py").symlink_to(ROOT / f"{script}.py")
     (work / "prerequisites").symlink_to(ROOT / "prerequisites")
+    (work / "texts.txt").write_text(text(1_000, 7))
     return work
 
 

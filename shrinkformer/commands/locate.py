@@ -395,6 +395,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             ShrinkformerWarning,
             stacklevel=2,
         )
+    _leave_out_types(source, tokenizer)
     checked: PreTrainedTokenizerBase = tokenizer
     return checked
 
@@ -403,6 +404,25 @@ def _counts_columns(config: PreTrainedConfig) -> bool:
     """Whether an encoder's positions begin with the first column, be it padding or not."""
     record = ENCODERS.get(config.model_type)
     return record is not None and not record.positions_follow_padding
+
+
+def _leave_out_types(source: Source, tokenizer: Any) -> None:
+    """Let a tokenizer make no token types where the model knows one: it would look for the second, and fail.
+
+    Warns:
+        ShrinkformerWarning: It made some.
+    """
+    if getattr(source.config, "type_vocab_size", None) != 1 or "token_type_ids" not in tokenizer.model_input_names:
+        return
+    if any(tokenizer("a", "b").get("token_type_ids", [])):
+        warnings.warn(
+            f"--model_name {source.name}: its tokenizer tells the texts of a pair apart by token types, its "
+            "config.json knows one (type_vocab_size 1); they are left out, in the saved tokenizer, too",
+            ShrinkformerWarning,
+            stacklevel=2,
+        )
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
 
 
 def require_label_names(source: Source, task: Task, data: Iterable["datasets.Dataset | None"]) -> None:
@@ -428,4 +448,8 @@ def require_fitting_tokens(source: Source, groups: Iterable[Iterable[Mapping[str
         InputError: It has not.
     """
     for features in groups:
-        require_known_tokens(features, {"input_ids": int(source.config.vocab_size)}, f"--model_name {source.name}")
+        sizes = {
+            "input_ids": int(source.config.vocab_size),
+            "token_type_ids": getattr(source.config, "type_vocab_size", None) or None,
+        }
+        require_known_tokens(features, sizes, f"--model_name {source.name}")
