@@ -93,6 +93,9 @@ def test_what_stands_behind_the_pooling(dense: tuple[Any, Any], tmp_path: Path) 
         head = read_head(tmp_path / place / "encoder")
         assert head is not None
         np.testing.assert_allclose(embedded(head, theirs[0].auto_model), theirs.encode(TEXTS), rtol=1e-4, atol=1e-5)
+        theirs.truncate_dim = 5
+        cut = embedded(head_in_memory(theirs), theirs[0].auto_model)
+        np.testing.assert_allclose(cut, theirs.encode(TEXTS), rtol=1e-4, atol=1e-5)
 
 
 def test_older_files(tmp_path: Path) -> None:
@@ -141,6 +144,19 @@ def test_what_is_not_known_is_named(modules: list[str], pooling: Any, message: s
     (tmp_path / "1_it").mkdir()
     (tmp_path / "1_it/config.json").write_text(json.dumps(pooling))
     with pytest.raises(CheckpointError, match=message):
+        read_head(tmp_path)
+
+
+def test_what_configurations_say_of_sizes_allocates_nothing(tmp_path: Path) -> None:
+    listed = [{"path": path, "type": f"a.{path or 'Transformer'}"} for path in ("", "Pooling", "Dense")]
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    (tmp_path / "Dense").mkdir()
+    (tmp_path / "Dense/config.json").write_text(json.dumps({"in_features": 10**7, "out_features": 10**7}))
+    with pytest.raises(CheckpointError, match=r"Dense cannot be read"):
+        read_head(tmp_path)
+    (tmp_path / "modules.json").write_text(json.dumps(listed[:2]))
+    (tmp_path / "config_sentence_transformers.json").write_text('{"similarity_fn_name": "cosine distance"}')
+    with pytest.raises(CheckpointError, match=r"similarity_fn_name is 'cosine distance', none of cosine, dot"):
         read_head(tmp_path)
 
 

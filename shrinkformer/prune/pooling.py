@@ -35,6 +35,8 @@ _MODES = {
 }
 """Switches of older files, in the order in which several poolings are put side by side."""
 
+_SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+
 _IDLE = ("Dropout",)
 """Modules that do nothing outside training."""
 
@@ -95,6 +97,18 @@ class Normalize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(examples, width)``."""
         return normalize(x, dim=-1)
+
+
+class Truncate(nn.Module):
+    """The first entries, of embeddings that were trained to be cut (``truncate_dim``)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(examples, width)``."""
+        return x[:, : self.width]
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,9 +229,10 @@ def head_in_memory(encoder: Any) -> SentenceHead:
     """
     found = [(type(module).__name__, module.get_config_dict(), module.state_dict()) for module in list(encoder)[1:]]
     head = _head(found, encoder.similarity_fn_name, type(encoder).__name__)
-    first = encoder[0]
+    first, cut = encoder[0], getattr(encoder, "truncate_dim", None)
     return replace(
         head,
+        behind=head.behind if cut is None else (*head.behind, Truncate(cut)),
         prompt=_default_prompt(encoder.default_prompt_name, encoder.prompts, found),
         lower=bool(getattr(first, "do_lower_case", False)),
         longest=getattr(first, "max_seq_length", None),
@@ -256,7 +271,9 @@ def _head(modules: Sequence[tuple[str, Any, Any]], similarity: str | None, where
             behind.append(_module(name, config, weights, where).eval().requires_grad_(False))
     if not poolings:
         raise CheckpointError(f"{where} names no Pooling, which makes one embedding of the tokens' states.")
-    return SentenceHead(tuple(poolings), tuple(behind), similarity or "cosine")
+    if (similarity or _SIMILARITIES[0]) not in _SIMILARITIES:
+        raise CheckpointError(f"{_SETTINGS}: similarity_fn_name is {similarity!r}, none of {', '.join(_SIMILARITIES)}.")
+    return SentenceHead(tuple(poolings), tuple(behind), similarity or _SIMILARITIES[0])
 
 
 def _unknown(what: str, where: str) -> str:
@@ -273,7 +290,7 @@ def _poolings(config: Mapping[str, Any], where: str) -> list[str]:
     else:
         found = [given] if isinstance(given, str) else list(given)
     for name in found:
-        if name not in POOLINGS:
+        if not isinstance(name, str) or name not in POOLINGS:
             raise CheckpointError(_unknown(f"pooling_mode {name!r}", where))
     return found
 
@@ -286,22 +303,28 @@ def _module(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor],
     if name == "Normalize":
         return Normalize()
     if name == "LayerNorm":
-        norm = nn.LayerNorm(int(config["dimension"]))
-        norm.load_state_dict({name.removeprefix("norm."): value for name, value in weights.items()})
-        return norm
+        with torch.device("meta"):
+            norm = nn.LayerNorm(int(config["dimension"]))
+        return _filled(norm, {name.removeprefix("norm."): value for name, value in weights.items()})
     return _dense(config, weights, where)
 
 
-def _dense(config: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> Dense:
+def _filled(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A module with its weights; what a configuration says of sizes has allocated nothing before."""
+    module.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    return module
+
+
+def _dense(config: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> nn.Module:
     inputs, outputs = int(config["in_features"]), int(config["out_features"])
-    linear = nn.Linear(inputs, outputs, bias=bool(config.get("bias", True)))
     shortcut: nn.Module | None = None
-    if config.get("use_residual"):
-        shortcut = nn.Identity() if inputs == outputs else nn.Linear(inputs, outputs, bias=False)
+    with torch.device("meta"):
+        linear = nn.Linear(inputs, outputs, bias=bool(config.get("bias", True)))
+        if config.get("use_residual"):
+            shortcut = nn.Identity() if inputs == outputs else nn.Linear(inputs, outputs, bias=False)
     named = str(config.get("activation_function", "torch.nn.Tanh"))  # so does sentence-transformers
     activation = getattr(nn, named.rpartition(".")[2], None) if named.startswith("torch.nn.") else None
     if not (isinstance(activation, type) and issubclass(activation, nn.Module)):
         raise CheckpointError(_unknown(f"activation_function {named!r}", where))
-    made = Dense(linear, activation(), shortcut)
-    made.load_state_dict({name.replace("residual.", "shortcut."): value.float() for name, value in weights.items()})
-    return made
+    named_so = {name.replace("residual.", "shortcut."): value for name, value in weights.items()}
+    return _filled(Dense(linear, activation(), shortcut), named_so)
