@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shrinkformer.dataset.corpus import Corpus
+from shrinkformer.dataset.corpus import Corpus, get_corpus  # noqa: F401 - found here as before
 from shrinkformer.dataset.files import read_file, read_text, read_texts
 from shrinkformer.dataset.loading import SAMPLES
 from shrinkformer.errors import DataError, InputError, MissingDataError
