@@ -213,7 +213,7 @@ class TestExamples:
             "batches": batches,
             "train_dataset": rows,
         }
-        for folder in ("smaller", "smaller-int4", "trained-and-smaller", "run", "folder"):
+        for folder in ("smaller", "smaller-again", "smaller-int4", "trained-and-smaller", "adapted", "run", "folder"):
             shutil.rmtree(work / folder, ignore_errors=True)
 
     @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])

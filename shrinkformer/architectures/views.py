@@ -47,9 +47,10 @@ class LayerView:
         module = self.block.get_submodule(path)
         projection = Projection.of(module)
         if projection is None:
+            kind = f"{type(module).__module__}.{type(module).__name__}"
             raise UnsupportedModelError(
-                f"layer {self.index}: {path} is a {type(module).__name__}, not a Linear layer; "
-                "prune a float checkpoint, before any quantization."
+                f"layer {self.index}: {path} is a {kind}, not a Linear layer of torch; "
+                "prune a float checkpoint, before any quantization, and merge adapters into it first."
             )
         return projection
 
