@@ -60,6 +60,7 @@ def _all() -> list[Any]:
                 marks = [pytest.mark.slow] if path.stem == "benchmarks" or _takes_long(words) else []
                 name = " ".join(words)
                 same = re.sub(r"^shrinkformer prune (?=.*--task_name)", "python prune_bert.py ", name)
+                same = same.replace("--model_name ", "")
                 seen.setdefault(same, pytest.param(words, id=f"{path.stem}: {name[:90]}", marks=marks))
     return list(seen.values())
 
@@ -165,7 +166,7 @@ def test_setup_commands_name_what_exists() -> None:
         for words in commands(path):
             if words[0] == "make":
                 assert set(words[1:]) <= targets, words
-        for extra in re.findall(r"shrinkformer\[([\w-]+)\]", path.read_text()):
+        for extra in re.findall(r"\.\[([\w-]+)\]\"", path.read_text()):
             assert extra in EXTRAS, (path, extra)
 
 
