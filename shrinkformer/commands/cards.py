@@ -103,7 +103,7 @@ class Card:
             return f"Opens in transformers{packages} as it stands: its shape is that of a stock model."
         return (
             f"Opens in transformers{packages} with `trust_remote_code=True`, which runs the classes in this folder; "
-            "or, without that, with `shrinkformer.load`."
+            "or, without that, with `shrinkformer.load`. Pruned with `--uniform` it would need neither."
         )
 
     def _summary(self) -> str:
@@ -128,7 +128,9 @@ class Card:
         if self.kind == ONNX:
             file = json.dumps((self.folder / "model.onnx").as_posix())
             return [_code("import onnxruntime", f"session = onnxruntime.InferenceSession({file})")]
-        blocks = [_code("import shrinkformer  # pip install shrinkformer", f"model = shrinkformer.load({where})")]
+        blocks = [
+            _code("import shrinkformer  # installed from a clone or a wheel", f"model = shrinkformer.load({where})")
+        ]
         config = None if self.quantized is None else self.quantized.config
         if config is not None and config.bits_of is not None and {EMBEDDINGS, POSITIONS} & set(config.also):
             return [*blocks, "No other reader takes embeddings as integers together with several numbers of bits."]
