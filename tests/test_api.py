@@ -36,7 +36,7 @@ def test_readme_names_flags_tasks_and_methods_that_exist(capsys: pytest.CaptureF
     for command in COMMANDS:
         main([command, "--help-all"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
-    assert set(re.findall(r"`?(--\w+)", README)) - {"--strict", "--nproc_per_node", "--help"} <= known
+    assert set(re.findall(r"`?(--\w+)", README)) - {"--strict", "--nproc_per_node", "--help", "--no"} <= known
     assert all(task in README for task in TASKS)
     assert all(method.removesuffix("-refit") in README for method in METHOD_NAMES)
 
