@@ -132,6 +132,12 @@ class TestThreads:
         assert os.environ["OMP_WAIT_POLICY"] == "passive"
         assert torch.get_num_threads() == before
 
+    def test_times_are_those_of_a_process_as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        monkeypatch.setattr(verbs, "work_of", lambda _: lambda options: None)
+        assert main(["latency", "all-MiniLM-L6-v2"]) == 0
+        assert "OMP_WAIT_POLICY" not in os.environ
+
     @pytest.mark.parametrize("name", ["prune", "quantize", "evaluate", "latency", "export"])
     def test_no_threads(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([name, "all-MiniLM-L6-v2", "--threads", "0"]) == 2

@@ -40,6 +40,7 @@ class Command:
         work: Module and function that does it, given the options.
         only: The fields that are flags; all by default.
         fixed: Values of other fields.
+        spins: Threads wait for each other as they do by default, because times are what is asked for.
     """
 
     summary: str
@@ -47,6 +48,7 @@ class Command:
     work: str
     only: frozenset[str] | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    spins: bool = False
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -71,7 +73,7 @@ COMMANDS: Mapping[str, Command] = {
         "write a model as an ONNX file, checked in ONNX Runtime", {ANY: ExportOptions}, "export:export_model"
     ),
     "latency": Command(
-        "time models side by side, in one or several runtimes", {ANY: LatencyOptions}, "latency:compare"
+        "time models side by side, in one or several runtimes", {ANY: LatencyOptions}, "latency:compare", spins=True
     ),
     "push": Command("send a finished checkpoint to the Hugging Face hub", {ANY: PushOptions}, "push:push"),
     "inspect": Command(
@@ -121,7 +123,8 @@ def _perform(command: Command, arguments: Sequence[str] | None, prog: str, kind:
         summary = f"{command.summary[0].upper()}{command.summary[1:]}."
         print(help_text(prog, summary, flags, everything="--help-all" in given))
         return
-    wait_passively()
+    if not command.spins:
+        wait_passively()
     options = build_options(classes, flags, parse_flags(flags, given, prog), kind_of_model, **command.fixed)
     quiet_libraries()
     with threads_of(options.threads) if hasattr(options, "threads") else nullcontext():
