@@ -84,6 +84,13 @@ def test_other_families_and_bundled_texts(
     assert "bundled sentences, which need not be like those" in capsys.readouterr().out
 
 
+def test_exporting_a_model_that_chooses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoint(tmp_path / "m", head="ForMultipleChoice")
+    assert run("export", folder, "--output", tmp_path / "onnx") == 2
+    assert "answers by choosing, and inputs of" in capsys.readouterr().err
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_quantized_with_its_own_head(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m", head="ForTokenClassification", num_labels=3)
     flags = ["--quantizer", "rtn", "--group_size", 16, "--output_dir", tmp_path / "out"]
@@ -113,6 +120,11 @@ def test_token_types_of_a_model_that_knows_one(tmp_path: Path, capsys: pytest.Ca
         ("ForPreTraining", [], "it is a BertForPreTraining; heads that commands know are"),
         ("ForSequenceClassification", ["--data_dir", "."], "data sets there belong to tasks; add --task_name"),
         ("ForSequenceClassification", ["--mu", "1"], "only how far another model is from it"),
+        (
+            "ForMultipleChoice",
+            ["--export", "onnx"],
+            "answers by choosing, and inputs of (examples, choices, length) are not exported",
+        ),
         ("ForMultipleChoice", ["--calibration_file", "{file}"], "has no column choices, options, endings"),
         ("ForQuestionAnswering", ["--calibration_file", "{file}"], "no two columns of texts (question, context)"),
     ],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shrinkformer.architectures.heads import chooses
 from shrinkformer.errors import InputError, ShrinkformerError
 from shrinkformer.export.runtime import OnnxModel, require_onnx
 from shrinkformer.export.tracing import (
@@ -80,6 +81,11 @@ def require_exportable(model: PreTrainedModel) -> None:
     Raises:
         InputError: It cannot.
     """
+    if chooses(model):
+        raise InputError(
+            f"{type(model).__name__} answers by choosing, and inputs of (examples, choices, length) are not exported as "
+            "ONNX; leave the export out."
+        )
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
         if kind in _LENGTH_DEPENDENT:
