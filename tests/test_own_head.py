@@ -123,7 +123,7 @@ def test_token_types_of_a_model_that_knows_one(tmp_path: Path, capsys: pytest.Ca
         (
             "ForMultipleChoice",
             ["--export", "onnx"],
-            "answers by choosing, and inputs of (examples, choices, length) are not exported",
+            "inputs of (examples, choices, length) are not exported",
         ),
         ("ForMultipleChoice", ["--calibration_file", "{file}"], "has no column choices, options, endings"),
         ("ForQuestionAnswering", ["--calibration_file", "{file}"], "no two columns of texts (question, context)"),

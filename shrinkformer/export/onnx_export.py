@@ -83,8 +83,8 @@ def require_exportable(model: PreTrainedModel) -> None:
     """
     if chooses(model):
         raise InputError(
-            f"{type(model).__name__} answers by choosing, and inputs of (examples, choices, length) are not exported as "
-            "ONNX; leave the export out."
+            f"{type(model).__name__} answers by choosing, and inputs of (examples, choices, length) are not exported "
+            "as ONNX; leave the export out."
         )
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
