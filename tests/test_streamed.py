@@ -30,6 +30,7 @@ from shrinkformer.prune.resume import BlockStore, examples_digest, fingerprint
 from shrinkformer.prune.shards import ShardWriter
 from shrinkformer.prune.stream import BlockStream
 from shrinkformer.prune.streamed import prune_to_folder
+from shrinkformer.utils.inputs import outputs_of
 from shrinkformer.utils.parallel import ALONE, workers_of
 from tests.conftest import ENCODERS, FAMILIES, ROOT, build_model, make_batches
 from tests.test_parallel import as_torchrun_does, free_port
@@ -326,7 +327,7 @@ class TestStream:
         assert len(outputs) == len(batches)
         with torch.no_grad():
             for output, batch in zip(outputs, batches, strict=True):
-                assert output.logits.equal(model(**batch).logits)  # its blocks are back
+                assert output.logits.equal(outputs_of(model, batch).logits)  # its blocks are back
 
     @pytest.mark.parametrize("family", DECODERS)
     def test_perplexity_is_that_of_the_whole_model(self, family: str, tmp_path: Path) -> None:

@@ -71,12 +71,12 @@ def correct_tying(config: PreTrainedConfig, model: PreTrainedModel, stored: Mapp
         return  # transformers unties by itself where only some weights are there twice
     pairs = [(stored[ours], stored[theirs]) for ours, theirs in tied.items() if theirs in stored]
     files = weight_files(folder)
-    if not all(torch.equal(_read(files, ours), _read(files, theirs)) for ours, theirs in pairs):
-        config.tie_word_embeddings = False
-
-
-def _read(files: Mapping[str, Path], name: str) -> Tensor:
-    return next(read_tensors(files[name], [name]))[1]
+    for pair in pairs:
+        found: dict[str, Tensor] = {}
+        for file in {files[name] for name in pair}:  # once each: old files are read as a whole
+            found |= read_tensors(file, [name for name in pair if files[name] == file])
+        if not torch.equal(found[pair[0]], found[pair[1]]):
+            config.tie_word_embeddings = False
 
 
 def correct_class(
