@@ -70,7 +70,7 @@ class TestOfAPrunedFolder:
     def test_sentence_encoder(self, inside: Path) -> None:
         encoder(inside / "mine", "Model")
         (inside / "mine/README.md").write_text(SOURCE_CARD)
-        call(prune_bert, "--model_name", "mine", "--method", "stat")
+        call(prune_bert, "--model_name", "mine", "--task_name", "similarity", "--method", "stat")
         folder = Path("output/mine/similarity-mu0.5")
         card = ModelCard.load(folder / "README.md")
         assert card.data.to_dict() | {"model-index": None} == {

@@ -11,6 +11,7 @@ from shrinkformer.errors import InputError
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.dependencies import ALL_STORED, EVALUATION_EXAMPLES, RUN
 from shrinkformer.prune.ledger import Ledger
+from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.resources import Resources
 from shrinkformer.prune.resume import BlockFiles
@@ -214,3 +215,15 @@ def test_budgets_that_differ_in_late_digits_have_names_of_their_own() -> None:
     assert Budget(0.5, 8).amount == "0.5"
     assert Budget(1.0, 8).amount == "1"
     assert Budget(0.5000001, 8).amount == "0.5000001"
+
+
+def test_a_search_that_ran_out_of_time_says_so() -> None:
+    model = build_model("bert", num_hidden_layers=2)
+    said: list[str] = []
+    plans = []
+    for seconds in (1e-9, 0.0, 1e6):
+        config = ShrinkConfig(search_seconds=seconds, say=said.append)
+        plans.append(calibrate(model, BATCHES, method="shrink", config=config).prune(BUDGETS[0]).plan)
+    assert [plan.search for plan in plans] == [{"cut_short": 1.0}, {}, {}]
+    assert sum(line.startswith("search cut short after ") for line in said) == 1
+    assert Plan.from_json(plans[0].to_json()) == plans[0]

@@ -85,6 +85,8 @@ def describe(
 
 
 def _time(model: PreTrainedModel, tokens: int, options: PruneOptions) -> str:
+    if not tokens:
+        return "time: no calibration; evaluation is not counted"
     rate, flops = _flops_per_second(), _calibration_flops(model, tokens)
     if not options.shrinks:
         return f"time: calibration and selection about {flops / rate:.0f} s here, evaluation not counted"

@@ -178,7 +178,7 @@ class Session:
             run_id=self.run_id,
             given=job.source.given,
             calibration_inputs=sum(len(batch["attention_mask"]) for batch in job.batches),
-            facts={**self._usual_facts(budget), **job.facts, **self.facts},
+            facts={**self._usual_facts(budget, found.get("plan")), **job.facts, **self.facts},
             **found,
         )
 
@@ -187,7 +187,7 @@ class Session:
         """Of the command; one that is taken up keeps it."""
         return str(self.ledger.values.value(RUN.names, lambda: secrets.token_hex(8)))
 
-    def _usual_facts(self, budget: Budget) -> dict[str, str]:
+    def _usual_facts(self, budget: Budget, plan: Plan | None) -> dict[str, str]:
         """What every run knows of itself."""
         job, options = self.job, self.options
         memory, file = (str(dtype).removeprefix("torch.") for dtype in (job.dtype, job.source.dtype))
@@ -203,6 +203,8 @@ class Session:
             facts["heads"] = "whole ones only"
         if budget.uniform:
             facts["blocks"] = "all alike"
+        if plan is not None and plan.search.get("cut_short"):
+            facts["search"] = f"cut short after {options.search_seconds:g} s"
         return facts
 
 

@@ -51,6 +51,7 @@ class Plan:
         budget: What ``mu`` is a fraction of: ``macs``, or ``latency`` on the machine where it was pruned.
         prediction: Where the method predicts the damage to predictions, ``predicted``: by the search, before refits, on
             calibration examples; ``measured``: of the model that was taken, on examples set aside.
+        search: ``cut_short``: 1 where the search for sizes stopped because its time was over.
         uniform: Where all blocks had to be alike and the method measures damage, ``divergence``: what the curves of
             single parts add up to for these sizes, and ``free_divergence``: for the best sizes that may differ.
     """
@@ -66,6 +67,7 @@ class Plan:
     budget: str = "macs"
     uniform: dict[str, float] = field(default_factory=dict)
     prediction: dict[str, float] = field(default_factory=dict)
+    search: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -124,7 +126,7 @@ def _wrong_values(plan: Plan) -> Iterator[str]:
     for name, most in (("dense_macs", math.inf), ("sequence_length", math.inf), ("mu", 1)):
         if not 0 < getattr(plan, name) <= most:
             yield f"{name} is {getattr(plan, name)!r}"
-    for name in ("divergences", "uniform", "prediction"):
+    for name in ("divergences", "uniform", "prediction", "search"):
         if not all(map(_is_number, getattr(plan, name).values())):
             yield f"{name} is {getattr(plan, name)!r}"
     for index, layer in enumerate(plan.layers):

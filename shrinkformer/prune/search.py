@@ -46,12 +46,14 @@ class Found:
         damage: On the examples, before any refit to the pruned model; infinite where nothing was measured.
         first: Sizes of the first plan, from curves alone.
         expected: What the curves add up to for these.
+        cut_short: Whether time was over before the search ended by itself; then it depends on the speed of the machine.
     """
 
     sizes: list[LayerSize]
     damage: float
     first: list[LayerSize]
     expected: float = 0.0
+    cut_short: bool = False
 
     @property
     def predicted(self) -> float:
@@ -88,6 +90,7 @@ class Search:
         self._values = values or Journal()
         self._levels, self._curves, self._damage, self._costs = levels, curves, damage, costs
         self._seconds, self._say, self._workers = seconds, say, workers
+        self._cut_short = False
         self._allowance = costs.budget.mu * costs.dense * (1 - _SLACK)
 
     def run(self) -> Found:
@@ -142,7 +145,7 @@ class Search:
             self._say(f"{sizes[0].heads} heads, {sizes[0].neurons} neurons: divergence {damage:.5f}")
             if damage < least:
                 best, least = sizes, damage
-        return Found(best, least, plans[0], self._expected(plans[0]))
+        return Found(best, least, plans[0], self._expected(plans[0]), self._cut_short)
 
     def _expected(self, sizes: Sequence[LayerSize]) -> float:
         """What the curves add up to; heads are whole."""
@@ -201,7 +204,7 @@ class Search:
             self._say(f"round {sweeps}: divergence {least:.5f}")
             if least > before * (1 - _WORTHWHILE):
                 break
-        return Found(sizes, least, first)
+        return Found(sizes, least, first, cut_short=self._cut_short)
 
     def _attempt(
         self, groups: Sequence[Sequence[Option[LayerSize]]], sizes: list[LayerSize], least: float
@@ -272,6 +275,7 @@ class Search:
     def _is_over(self, time: Allowance) -> bool:
         over = self._workers.broadcast(time.is_used())
         if over and self._seconds:
+            self._cut_short = True
             self._say(f"search cut short after {time}; a longer --search_seconds would go on")
         return over
 

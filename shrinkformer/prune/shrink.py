@@ -152,7 +152,8 @@ class Shrinker:
             with timed(seconds, "refit"):
                 best = self._refitted(costs, plans[name], together(self.batches, self.aside), f"{name}, all examples")
         prediction = {"predicted": found.predicted, "measured": divergences[name]}
-        plan = replace(best.plan, divergences=divergences, uniform=uniform, prediction=prediction)
+        searched = {"cut_short": 1.0} if found.cut_short else {}
+        plan = replace(best.plan, divergences=divergences, uniform=uniform, prediction=prediction, search=searched)
         return Pruned(best.model, plan, seconds)
 
     def prune_to(self, sizes: Sequence[LayerSize], sequence_length: float) -> Pruned:
