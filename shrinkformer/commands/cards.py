@@ -19,6 +19,7 @@ from shrinkformer.prune.pruned_modeling import auto_class
 from shrinkformer.prune.sites import EMBEDDINGS, POSITIONS
 from shrinkformer.quantize.config import Quantized
 from shrinkformer.quantize.names import ONNX
+from shrinkformer.quantize.scheme import WHOLE_ROW
 from shrinkformer.utils.files import write_atomically
 
 PRUNED = "pruned"
@@ -116,9 +117,10 @@ class Card:
                 f"{plan.sequence_length:.2f} tokens; seed {plan.seed}."
             )
         config = self.quantized.config
+        layers = " ".join((config.layers, *config.also))
         return (
             f"`{self.source}`, quantized by shrinkformer to {config.amount} without retraining"
-            f"{pruned and f' after pruning {pruned}'}: {self.quantized.storage}, layers `{config.layers}`, quantizer "
+            f"{pruned and f' after pruning {pruned}'}: {self.quantized.storage}, layers `{layers}`, quantizer "
             f"`{config.quantizer}`, format `{self.kind}`."
         )
 
@@ -230,8 +232,17 @@ def _kept(plan: Plan, errors: Sequence[tuple[float | None, float | None]]) -> st
 
 def _quantized_layers(found: Quantized, tokens: int) -> str:
     rows = [
-        ["" if row.layer is None else row.layer, f"`{row.name}`", row.bits, figure(row.known_errors(tokens)[0])]
+        [
+            "" if row.layer is None else row.layer,
+            f"`{row.name}`",
+            row.bits,
+            "row" if row.group_size == WHOLE_ROW else row.group_size,
+            figure(row.known_errors(tokens)[0]),
+        ]
         for row in found.layers
     ]
     note = errors_in_words(found.layers)
-    return _table(["layer", "name", "bits", "error"], rows) + f"\n\n{note[0].upper()}{note[1:]}."
+    return (
+        _table(["layer", "name", "bits", "group", "error"], rows)
+        + f"\n\n{note[0].upper()}{note[1:]}. Layers that are not listed are not quantized."
+    )

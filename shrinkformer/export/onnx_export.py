@@ -136,8 +136,7 @@ def trace(traced: Traced, example: Mapping[str, Tensor], outputs: Sequence[str])
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ShrinkformerError(
-            f"torch {torch.__version__} cannot export {type(traced.model).__name__} as ONNX: {reason}; "
-            "choose another format."
+            f"torch {torch.__version__} cannot export {type(traced.model).__name__} as ONNX: {reason}; run it in torch."
         ) from error
     finally:
         log.setLevel(level)
