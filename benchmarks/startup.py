@@ -25,7 +25,6 @@ COMMANDS = {
     "`shrinkformer prune --task wikitext2 --bundled_data --dry_run`": [
         *("-m", "shrinkformer", "prune", "--task", "wikitext2", "--bundled_data", "--dry_run"),
     ],
-    "`shrinkformer inspect` of a report": ["-m", "shrinkformer", "inspect", "docs/results/pruning.jsonl"],
 }
 """What Python is given, by what it is called in the table."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import shrinkformer
 from shrinkformer.commands import verbs
 from shrinkformer.commands.flags import DECODER, ENCODER, flags_of
 from shrinkformer.commands.main import main
@@ -109,6 +110,22 @@ def test_wrong_flags_are_one_line(given: list[str], said: str, capsys: pytest.Ca
     assert shown.out == ""
     assert said in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_nobody_reads(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with ``| head``: other programs end without a word then."""
+
+    def closed(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(verbs, "help_text", closed)
+    assert main(["prune", "--help"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"shrinkformer {shrinkformer.__version__}\n"
 
 
 def test_a_model_that_is_nowhere(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _WRONG_INPUT = 2
 
+_UNREAD = 141
+"""What a shell tells of a program that ended because nobody reads its output: 128 and SIGPIPE."""
+
 DEBUG = "SHRINKFORMER_DEBUG"
 """Environment variable: show the traceback of an error that nobody foresaw."""
 
@@ -34,15 +37,18 @@ def run_command(main: Main, arguments: Sequence[str] | None, prog: str) -> int:
     """Run a command; errors become one line on standard error.
 
     Returns:
-        0, or 2 when something the user passed is wrong, or 1 when something failed later.
+        0, or 2 when something the user passed is wrong, 1 when something failed later, 130 when it was interrupted,
+        141 when nobody reads what it prints.
     """
     try:
         with warnings_in_one_line(prog):
             main(arguments)
-    except InputError as error:
-        return _fail(prog, error, _WRONG_INPUT)
     except ShrinkformerError as error:
-        return _fail(prog, error, 1)
+        return _fail(prog, error, _WRONG_INPUT if isinstance(error, InputError) else 1)
+    except BrokenPipeError:  # whoever read our lines has gone, as `head` does: end without a word, as other programs do
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD
     except (OSError, SafetensorError) as error:  # a full disk, a folder that vanished
         return _fail(prog, error, 1)
     except KeyboardInterrupt:

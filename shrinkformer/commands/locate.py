@@ -124,7 +124,8 @@ def find_decoder(model_name: str, task: str) -> Source:
     if not generates(source.config):
         raise InputError(
             f"--model_name {model_name}: it is a {architecture or source.config.model_type}, but a language model "
-            f"(...ForCausalLM of {', '.join(sorted(DECODERS))}) is needed; for an encoder use prune_bert.py."
+            f"(...ForCausalLM of {', '.join(sorted(DECODERS))}) is needed; for an encoder leave --task out, or name "
+            f"a task of encoders."
         )
     return source
 
@@ -275,7 +276,7 @@ def find_own(model_name: str) -> tuple[Source, Head]:
     class_of(source)  # says so where nothing tells which head there is
     architecture = source.config.architectures[0]
     if generates(source.config):
-        raise InputError(f"--model_name {model_name}: it is a language model; use shrinkformer prune or prune_opt.py.")
+        raise InputError(f"--model_name {model_name}: it is a language model; use shrinkformer, or prune_opt.py.")
     head = head_of(architecture)
     if head is None:
         known = ", ".join(f"...{one.suffix}" for one in HEADS)

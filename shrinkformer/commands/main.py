@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from shrinkformer import __version__
 from shrinkformer.commands.verbs import COMMANDS, run_script, run_verb
 
 _WRONG_INPUT = 2
@@ -15,7 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     name, rest = (given[0], given[1:]) if given else ("--help", [])
     if name in {"-h", "--help", "--help-all"}:
-        print(usage())
+        print(usage(), flush=True)
+        return 0
+    if name == "--version":
+        print(f"shrinkformer {__version__}")
         return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

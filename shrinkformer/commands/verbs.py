@@ -121,7 +121,7 @@ def _perform(command: Command, arguments: Sequence[str] | None, prog: str, kind:
     flags = flags_of(classes, command.only)
     if {"-h", "--help", "--help-all"} & set(given):
         summary = f"{command.summary[0].upper()}{command.summary[1:]}."
-        print(help_text(prog, summary, flags, everything="--help-all" in given))
+        print(help_text(prog, summary, flags, everything="--help-all" in given), flush=True)
         return
     if not command.spins:
         wait_passively()
