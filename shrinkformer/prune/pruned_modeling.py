@@ -197,8 +197,12 @@ def adopt(model: PreTrainedModel) -> None:
 
 def adopt_config(config: PreTrainedConfig) -> None:
     """Give a configuration the class that brings this file along, or that of transformers; in place."""
-    stock = _stock(type(config))
+    stock, folder = _stock(type(config)), config.name_or_path
     config.__class__ = pruned_config(stock) if _is_sized(config) else stock
+    if _is_sized(config) and folder and "plan_text" not in vars(config):  # it comes from that folder unchanged
+        file = Path(folder, PLAN_FILE)
+        if file.is_file():
+            config.plan_text = file.read_text(encoding="utf-8")
 
 
 def _is_sized(config: PreTrainedConfig) -> bool:
@@ -233,11 +237,7 @@ def pruned_class(stock: Any) -> type[PreTrainedModel]:
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         found = super(made, cls).from_pretrained(*args, **kwargs)
-        model = found[0] if isinstance(found, tuple) else found
-        align(model)
-        folder = model.config.name_or_path
-        if folder and (plan := Path(folder, PLAN_FILE)).is_file():
-            model.config.plan_text = plan.read_text(encoding="utf-8")
+        align(found[0] if isinstance(found, tuple) else found)
         return found
 
     # Weights have the stock class's names, so its renames between versions of transformers hold for ours as well.

@@ -15,6 +15,7 @@ from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.prune import checkpoint
 from shrinkformer.prune.opening import load_pretrained, open_config
 from shrinkformer.prune.plan import Plan
+from shrinkformer.prune.pruned_modeling import adopt_config
 from shrinkformer.prune.shards import ShardWriter
 from shrinkformer.prune.side_files import add_side_files, read_generation_config
 from shrinkformer.prune.streamed import add_tensors, tied_weights
@@ -200,5 +201,6 @@ def load(
         state = read_quantized_state_dict(path, section, dtype)
     model = load_pretrained(chosen, None, config=config, state_dict=state, dtype=dtype, **kwargs)
     model.name_or_path = model.config.name_or_path = str(path)  # beside which a sentence encoder's modules lie
+    adopt_config(model.config)  # and its plan
     read_generation_config(path, model)
     return model.eval()
