@@ -21,7 +21,8 @@ def accepted_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, 
     A tokenizer may offer more: DistilBERT knows no ``token_type_ids``, and a base model knows no ``labels``. It may pad
     with another id than the model knows as padding, by which a decoder's classifier finds the last token.
     """
-    batch = _padded_as_known(batch, getattr(model, "config", None))
+    if _finds_last_token(model):
+        batch = _padded_as_known(batch, getattr(model, "config", None))
     names = inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
     known = "input_ids" in names  # a wrapper with a bare **kwargs gets everything
@@ -75,13 +76,17 @@ def require_padding_id(model: nn.Module) -> None:
     Raises:
         InputError: Its configuration has no id for padding, so that transformers takes one text at a time.
     """
-    config = getattr(model, "config", None)
-    classifies = any(kind.__name__.endswith("ForSequenceClassification") for kind in type(model).__mro__)
-    if classifies and getattr(config, "model_type", None) in DECODERS and getattr(config, "pad_token_id", 0) is None:
+    if _finds_last_token(model) and getattr(getattr(model, "config", None), "pad_token_id", None) is None:
         raise InputError(
             f"{type(model).__name__} has no pad_token_id, by which it finds the last token of each text; set "
             "pad_token_id in config.json (model.config.pad_token_id), to that of the tokenizer."
         )
+
+
+def _finds_last_token(model: nn.Module) -> bool:
+    """Whether a model looks for the last token of a text by the id of padding: classifiers of decoders do."""
+    classifies = any(kind.__name__.endswith("ForSequenceClassification") for kind in type(model).__mro__)
+    return classifies and getattr(getattr(model, "config", None), "model_type", None) in DECODERS
 
 
 def _padded_as_known(batch: Mapping[str, Tensor], config: Any) -> Mapping[str, Tensor]:
