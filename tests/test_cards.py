@@ -150,7 +150,18 @@ class TestOfAQuantizedFolder:
         formats = ["float", "compressed-tensors"]
         if importlib.util.find_spec("onnxscript") and importlib.util.find_spec("onnxruntime"):
             formats.insert(0, "onnx")  # the first one is measured
-        flags = ("--model_name", "mine", "--bits", "8", "--group_size", "16", "--quantizer", "rtn")
+        flags = (
+            "--model_name",
+            "mine",
+            "--task_name",
+            "similarity",
+            "--bits",
+            "8",
+            "--group_size",
+            "16",
+            "--quantizer",
+            "rtn",
+        )
         call(quantize_bert, *flags, "--format", *formats)
         for kind in formats:
             folder = Path("output/mine/similarity-w8g16" + ("" if kind == formats[0] else f"-{kind}"))
