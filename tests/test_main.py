@@ -81,7 +81,7 @@ def test_old_names_are_the_same_commands(script: str, asked: list[Any]) -> None:
         (["prune", "--whole-heads"], "--whole-heads: there is no such flag; did you mean --whole_heads?"),
         (["prune", "--colour", "red"], "--colour: there is no such flag; shrinkformer prune --help-all lists"),
         (["prune", "one", "two"], "'two': it belongs to no flag"),
-        (["prune", "one", "--model_name", "two"], "one and --model_name two are two of one thing"),
+        (["prune", "one", "--model_name", "two"], "one and --model_name two both name the model"),
         (["prune", "--mu", "half"], "--mu 'half': give a number"),
         (
             ["prune", "--mu", "0.5", "folder"],
@@ -92,7 +92,8 @@ def test_old_names_are_the_same_commands(script: str, asked: list[Any]) -> None:
         (["prune", "--seed", "0.5"], "--seed '0.5': give a whole number."),
         (["prune", "--task", "wikitext2", "--sequence_length", "6.5"], "--sequence_length '6.5': give a whole number."),
         (["prune", "--round_to", "some"], "--round_to 'some': give a whole number, or auto."),
-        (["prune", "--task", "wiki"], "--task_name 'wiki': choose one; for encoders mnli,"),
+        (["prune", "--task", "wiki"], "--task 'wiki': choose one; for encoders mnli,"),
+        (["prune", "--task_name=wiki"], "--task_name 'wiki': choose one; for encoders mnli,"),
         (["prune", "--method", "best"], "--method 'best': choose one of shrink,"),
         (["quantize", "--bits", "5"], "--bits 5: choose one of 1, 2, 3, 4, 8."),
         (["quantize", "--format", "gguf", "--mu", "1"], "--format 'gguf': choose among compressed-tensors"),

@@ -342,10 +342,10 @@ class TestStat:
 
 
 BAD_INPUT = {
-    "unknown task": (["--task", "wikitext3"], r"--task 'wikitext3' .*wikitext2, ptb-new, c4-new"),
+    "unknown task": (["--task", "wikitext3"], r"--task 'wikitext3': .*wikitext2, ptb-new, c4-new"),
     "windows too long": (["--sequence_length", "65"], r"--sequence_length 65: mine takes at most 64 tokens"),
     "windows too short": (["--sequence_length", "1"], r"--sequence_length 1: must be at least 2"),
-    "encoder": (["--model_name", "bert"], r"--model_name bert: it is a BertForSeq.*prune_bert\.py"),
+    "encoder": (["--model_name", "bert"], r"--model_name bert: it is a BertForSeq.*for an encoder leave --task out"),
     "no language model": (["--model_name", "headless"], r"--model_name headless: it is a OPTModel"),
     "no model": (["--model_name", "nobody/nothing"], r"--model_name nobody/nothing: not in models/nobody/nothing"),
     "no tokenizer": (["--model_name", "mute"], r"--model_name mute: mute holds no tokenizer"),

@@ -9,7 +9,7 @@ To add a flag, add a field with :func:`option` to the class of the models it hol
 import argparse
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -69,25 +69,32 @@ def check_values(options: "DataclassInstance") -> None:
         InputError: One of them is wrong.
     """
     for entry in fields(options):
-        _check(entry, getattr(options, entry.name))
+        _check(entry, getattr(options, entry.name), entry.name)
 
 
-def _check(entry: "Field[Any]", value: Any) -> None:
+def _check(entry: "Field[Any]", value: Any, name: str) -> None:
     choices, check = entry.metadata["choices"], entry.metadata.get("check")
     for one in value if isinstance(value, tuple) else (value,):
         if check is not None:
             check(one)
         if choices and one is not None and one != entry.default and one not in choices:
             which = "choose among" if isinstance(value, tuple) else "choose one of"
-            raise InputError(f"--{entry.name} {one!r}: {which} {', '.join(map(str, choices))}.")
+            raise InputError(f"--{name} {one!r}: {which} {', '.join(map(str, choices))}.")
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of a command, with its field in the option class of every kind of model that it holds for."""
+    """A flag of a command.
+
+    Attributes:
+        name: Of the field.
+        entries: The field in the option class of every kind of model that the flag holds for.
+        written: The name that messages use.
+    """
 
     name: str
     entries: "Mapping[str, Field[Any]]"
+    written: str
 
     @property
     def entry(self) -> "Field[Any]":
@@ -119,11 +126,11 @@ class Flag:
             return given
         read = entry.metadata.get("type") or _READERS[str(entry.type)]
         if not isinstance(given, list):
-            value = _read(self.name, read, given)
+            value = _read(self.written, read, given)
         else:
-            value = tuple(_read(self.name, read, text, several=True) for text in given)
+            value = tuple(_read(self.written, read, text, several=True) for text in given)
             value = tuple(dict.fromkeys(value)) if entry.metadata.get("distinct") else value
-        _check(entry, value)
+        _check(entry, value, self.written)
         return value
 
 
@@ -140,7 +147,17 @@ def flags_of(classes: "Mapping[str, type[DataclassInstance]]", only: Iterable[st
         for entry in fields(options):
             if entry.metadata and (chosen is None or entry.name in chosen):
                 found.setdefault(entry.name, {})[kind] = entry
-    return {name: Flag(name, entries) for name, entries in found.items()}
+    return {name: Flag(name, entries, name) for name, entries in found.items()}
+
+
+def as_written(flags: Mapping[str, Flag], arguments: Sequence[str]) -> dict[str, Flag]:
+    """The same flags, called in messages by those of their names that a command line uses."""
+    given = {word.partition("=")[0] for word in arguments}
+
+    def name_of(flag: Flag) -> str:
+        return next((name for name in flag.names if name in given), flag.names[0]).removeprefix("--")
+
+    return {name: replace(flag, written=name_of(flag)) for name, flag in flags.items()}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -167,7 +184,8 @@ def parse_flags(flags: Mapping[str, Flag], arguments: Sequence[str], prog: str) 
     for flag in flags.values():
         place = given.pop(_place(flag.name), None)
         if place is not None and flag.name in given:
-            raise InputError(f"{place} and --{flag.name} {given[flag.name]} are two of one thing; leave one out.")
+            what = flag.about("metavar").lower()
+            raise InputError(f"{place} and --{flag.name} {given[flag.name]} both name the {what}; leave one out.")
         if place is not None:
             given[flag.name] = place
     return given
@@ -248,7 +266,7 @@ def _read_for_any(flag: Flag, value: Any) -> None:
     if len(set(choices.values())) == 1:
         raise InputError(said[0])
     lists = "; ".join(f"for {IN_WORDS[kind]} {text}" for kind, text in choices.items())
-    raise InputError(f"--{flag.name} {value!r}: choose one; {lists}.")
+    raise InputError(f"--{flag.written} {value!r}: choose one; {lists}.")
 
 
 def _require_compatible(options: type, values: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shrinkformer.commands.checkpoint_options import ExportOptions, InspectOptions, PushOptions
 from shrinkformer.commands.console import quiet_libraries, run_command
-from shrinkformer.commands.flags import DECODER, ENCODER, build_options, flags_of, parse_flags
+from shrinkformer.commands.flags import DECODER, ENCODER, as_written, build_options, flags_of, parse_flags
 from shrinkformer.commands.help import help_text
 from shrinkformer.commands.latency_options import LatencyOptions
 from shrinkformer.commands.options import (
@@ -118,7 +118,7 @@ def run_script(script: str, arguments: Sequence[str] | None = None) -> int:
 def _perform(command: Command, arguments: Sequence[str] | None, prog: str, kind: str | None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     classes = command.classes if kind is None else {kind: command.classes[kind]}
-    flags = flags_of(classes, command.only)
+    flags = as_written(flags_of(classes, command.only), given)
     if {"-h", "--help", "--help-all"} & set(given):
         summary = f"{command.summary[0].upper()}{command.summary[1:]}."
         print(help_text(prog, summary, flags, everything="--help-all" in given), flush=True)
