@@ -8,22 +8,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from yaml import YAMLError
 
+from shrinkformer.architectures.heads import BARE, head_of
 from shrinkformer.commands.locate import Source
 from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.dataset.tasks import TASKS
-from shrinkformer.prune.pruned_modeling import auto_class
 from shrinkformer.prune.side_files import SIDE_PATTERNS
 from shrinkformer.utils.hub import NAME, some_files
-
-_PIPELINE_TAGS = {
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForQuestionAnswering": "question-answering",
-    "AutoModelForTokenClassification": "token-classification",
-    "AutoModelForMultipleChoice": "multiple-choice",
-    "AutoModelForMaskedLM": "fill-mask",
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModel": "feature-extraction",
-}
 
 _COPIED = ("language", "license", "license_name", "license_link")
 
@@ -73,7 +63,7 @@ def _is_text(value: Any) -> bool:
 
 def pipeline_tag(architecture: str, *, sentence_encoder: bool) -> str:
     """What a model is for, in the hub's words."""
-    return "sentence-similarity" if sentence_encoder else _PIPELINE_TAGS[auto_class(architecture)]
+    return "sentence-similarity" if sentence_encoder else (head_of(architecture) or BARE).task
 
 
 def metadata(
