@@ -151,7 +151,9 @@ def _evaluate_split(
     features = workers.share(encoded.features)
     shown = progress and workers.is_main
     with counted(len(features), f"{task.name} {split}", "input", shown=shown) as add:
-        rows = workers.gather(_forward(model, tokenizer, task, features, batch_size=batch_size, add=add, head=head))
+        rows = workers.gather(
+            _forward(model, tokenizer, task, features, batch_size=batch_size, bar=_Bar(add), head=head)
+        )
     where = f"task {task.name}, {split}"
     if task.kind == "question_answering":
         return _judge_answers(tokenizer, task, encoded, _pad_rows(rows, where))
@@ -165,6 +167,13 @@ def _evaluate_split(
     return score_labels(task, predictions, encoded.labels or []), output
 
 
+@dataclass(frozen=True)
+class _Bar:
+    """Is told how many more features have passed."""
+
+    update: Callable[[int], object]
+
+
 def _forward(
     model: nn.Module,
     tokenizer: Any,
@@ -172,7 +181,7 @@ def _forward(
     features: Features,
     *,
     batch_size: int,
-    add: Callable[[int], object],
+    bar: _Bar,
     head: SentenceHead = MEAN,
 ) -> list[NDArray[np.float32]]:
     """One float32 array per feature, in the order of the features.
@@ -191,7 +200,7 @@ def _forward(
         for part, output in in_parts(outputs, batch):
             for index, one, tokens in zip(indices[part], output, mask[part], strict=True):
                 rows[index] = (one[tokens] if task.kind == "question_answering" else one).numpy()
-            add(len(output))
+            bar.update(len(output))
     return rows
 
 
