@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +245,7 @@ def test_a_plan_of_other_sizes_is_not_kept(tmp_path: Path) -> None:
         slice_consumer(layer_views(model)[1].feed_forward_output, torch.arange(3)),
     )
     describe_sizes(model)
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
     model.save_pretrained(tmp_path / "second")
     assert "plan" not in json.loads((tmp_path / "second" / "config.json").read_text())["shrinkformer"]
     assert not (tmp_path / "second" / "shrinkformer_plan.json").exists()

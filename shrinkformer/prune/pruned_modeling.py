@@ -259,7 +259,8 @@ def pruned_config(stock: Any) -> Any:
         folder, code = Path(save_directory), Path(__file__)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / code.name).write_bytes(code.read_bytes())
-        if self.__dict__.get("plan_text"):
+        (folder / PLAN_FILE).unlink(missing_ok=True)  # of what was saved there before
+        if vars(self).get("plan_text"):
             (folder / PLAN_FILE).write_text(self.plan_text, encoding="utf-8")
         self.auto_map = _auto_map(self)
         stock.save_pretrained(self, save_directory, *args, **kwargs)
