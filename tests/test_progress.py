@@ -38,9 +38,9 @@ def test_a_line_for_every_tenth(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 def test_a_line_for_each_of_a_few(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "perf_counter", Clock(60.0))
-    with progress.counted(3, "calibrating", "block") as add:
+    with progress.counted(3, "calibrating", "block") as bar:
         for _ in range(3):
-            add(1)
+            bar.update(1)
     assert [line.split()[1] for line in lines_of(capsys)] == ["1", "2", "3"]
 
 
@@ -52,8 +52,8 @@ def test_a_moment_is_worth_one_line(capsys: pytest.CaptureFixture[str], monkeypa
 
 
 def test_nothing_is_shown_where_nobody_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.counted(5, "x", "y", shown=False) as add:
-        add(5)
+    with progress.counted(5, "x", "y", shown=False) as bar:
+        bar.update(5)
     assert list(progress.each([], "x", "y")) == []
     assert lines_of(capsys) == []
 

@@ -1,7 +1,7 @@
 """How good a model is at its task: one forward pass over each evaluation split, then the metrics of the task."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from shrinkformer.utils.inputs import outputs_of, require_padding_id
 from shrinkformer.utils.memory import Halving
 from shrinkformer.utils.modes import evaluation_mode
 from shrinkformer.utils.parallel import ALONE, Workers
-from shrinkformer.utils.progress import counted
+from shrinkformer.utils.progress import Bar, counted
 
 Array = NDArray[np.float32]
 
@@ -150,10 +150,8 @@ def _evaluate_split(
     """Figures and model outputs of one split."""
     features = workers.share(encoded.features)
     shown = progress and workers.is_main
-    with counted(len(features), f"{task.name} {split}", "input", shown=shown) as add:
-        rows = workers.gather(
-            _forward(model, tokenizer, task, features, batch_size=batch_size, bar=_Bar(add), head=head)
-        )
+    with counted(len(features), f"{task.name} {split}", "input", shown=shown) as bar:
+        rows = workers.gather(_forward(model, tokenizer, task, features, batch_size=batch_size, bar=bar, head=head))
     where = f"task {task.name}, {split}"
     if task.kind == "question_answering":
         return _judge_answers(tokenizer, task, encoded, _pad_rows(rows, where))
@@ -167,13 +165,6 @@ def _evaluate_split(
     return score_labels(task, predictions, encoded.labels or []), output
 
 
-@dataclass(frozen=True)
-class _Bar:
-    """Is told how many more features have passed."""
-
-    update: Callable[[int], object]
-
-
 def _forward(
     model: nn.Module,
     tokenizer: Any,
@@ -181,7 +172,7 @@ def _forward(
     features: Features,
     *,
     batch_size: int,
-    bar: _Bar,
+    bar: Bar,
     head: SentenceHead = MEAN,
 ) -> list[NDArray[np.float32]]:
     """One float32 array per feature, in the order of the features.

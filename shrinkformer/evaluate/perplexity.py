@@ -158,11 +158,11 @@ def _forward(
         return ids, logits
 
     in_parts = Halving("perplexity")
-    with counted(len(windows), "perplexity", "window", shown=progress) as add:
+    with counted(len(windows), "perplexity", "window", shown=progress) as bar:
         for start in range(0, len(windows), batch_size):
             for _, found in in_parts(outputs, {"input_ids": windows[start : start + batch_size]}):
                 yield found
-                add(len(found[0]))
+                bar.update(len(found[0]))
 
 
 def _window_sums(outputs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, bool]:

@@ -1,10 +1,10 @@
 """How far something is: a bar with the time left on a terminal, whole lines where output goes to a file or a pipe."""
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -15,8 +15,15 @@ _SECONDS = 1.0
 """Between two lines, but for the last one: a stage that takes a moment is worth one line."""
 
 
+class Bar(Protocol):
+    """What is told how far something is, as tqdm's bars are."""
+
+    def update(self, n: int, /) -> object:
+        """Take up that ``n`` more are done."""
+
+
 @contextmanager
-def counted(total: int, what: str, unit: str, *, shown: bool = True) -> Iterator[Callable[[int], object]]:
+def counted(total: int, what: str, unit: str, *, shown: bool = True) -> Iterator[Bar]:
     """Show how many of something are done.
 
     Args:
@@ -26,23 +33,21 @@ def counted(total: int, what: str, unit: str, *, shown: bool = True) -> Iterator
         shown: Whether anything is shown.
 
     Yields:
-        A function that takes how many more are done.
+        Is told how many more are done.
     """
-    if not shown:
-        yield lambda _: None
-    elif sys.stderr.isatty():
-        with tqdm(total=total, desc=what, unit=unit) as bar:
-            yield bar.update
+    if not shown or sys.stderr.isatty():
+        with tqdm(total=total, desc=what, unit=unit, disable=not shown) as bar:
+            yield bar
     else:
-        yield _Lines(total, what, unit).add
+        yield _Lines(total, what, unit)
 
 
 def each(items: Collection[Item], what: str, unit: str) -> Iterator[Item]:
     """The items, one after the other, showing how many are done."""
-    with counted(len(items), what, unit) as add:
+    with counted(len(items), what, unit) as bar:
         for item in items:
             yield item
-            add(1)
+            bar.update(1)
 
 
 class _Lines:
@@ -53,8 +58,8 @@ class _Lines:
         self._done = self._told = 0
         self._began = self._last = perf_counter()
 
-    def add(self, count: int) -> None:
-        self._done += count
+    def update(self, n: int, /) -> None:
+        self._done += n
         now, tenth = perf_counter(), self._done * _TENTHS // max(1, self._total)
         over = self._done >= self._total
         if tenth == self._told or (not over and now - self._last < _SECONDS):
