@@ -346,7 +346,11 @@ class DecoderEvaluateOptions:
     """What commands that measure perplexity have beside :class:`EvaluateOptions`."""
 
     evaluation_file: Path | None = option(
-        None, "own text to measure perplexity on", group="data", more="beside the corpora; the same types of files"
+        None,
+        "own text to measure perplexity on",
+        group="data",
+        advanced=True,
+        more="beside the corpora; the same types of files",
     )
     evaluation_windows: int | None = option(
         None, "only so many windows of each corpus", group="data", advanced=True, more="for a quick look"
