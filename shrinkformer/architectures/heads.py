@@ -1,4 +1,7 @@
-"""What stands on an encoder or decoder: the heads of transformers, known by how the names of their classes end."""
+"""What stands on an encoder or decoder: the heads of transformers, known by how the names of their classes end.
+
+The Auto classes that open them are in :mod:`shrinkformer.prune.pruned_modeling`, which goes along with checkpoints.
+"""
 
 from dataclasses import dataclass
 
@@ -11,26 +14,24 @@ class Head:
 
     Attributes:
         suffix: End of the class's name.
-        auto_class: The Auto class of transformers that opens it.
         task: What it does, as the hub's pipeline tags call it.
     """
 
     suffix: str
-    auto_class: str
     task: str
 
 
-BARE = Head("Model", "AutoModel", "feature-extraction")
+BARE = Head("Model", "feature-extraction")
 """No head at all: a plain encoder or decoder."""
 
 HEADS = (
-    Head("ForSequenceClassification", "AutoModelForSequenceClassification", "text-classification"),
-    Head("ForQuestionAnswering", "AutoModelForQuestionAnswering", "question-answering"),
-    Head("ForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
-    Head("ForMultipleChoice", "AutoModelForMultipleChoice", "multiple-choice"),
-    Head("ForMaskedLM", "AutoModelForMaskedLM", "fill-mask"),
-    Head("ForCausalLM", "AutoModelForCausalLM", "text-generation"),
-    Head("LMHeadModel", "AutoModelForCausalLM", "text-generation"),
+    Head("ForSequenceClassification", "text-classification"),
+    Head("ForQuestionAnswering", "question-answering"),
+    Head("ForTokenClassification", "token-classification"),
+    Head("ForMultipleChoice", "multiple-choice"),
+    Head("ForMaskedLM", "fill-mask"),
+    Head("ForCausalLM", "text-generation"),
+    Head("LMHeadModel", "text-generation"),
 )
 
 
