@@ -14,7 +14,7 @@ from shrinkformer.api import evaluate
 from shrinkformer.commands.prune_bert import main
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.errors import CheckpointError, ShrinkformerWarning
-from shrinkformer.evaluate.labels import label_columns, outputs_of, warn_below_chance
+from shrinkformer.evaluate.labels import label_columns, output_names, warn_below_chance
 from tests.conftest import WORDS, build_model, build_tokenizer
 
 SST2, MNLI = get_task("sst2"), get_task("mnli")
@@ -86,7 +86,7 @@ class TestNames:
         assert silently(SST2, named_so) == [0, 1]
         for broken in ({"id2label": {"a": "positive", "b": "negative"}}, {"label2id": {"positive": "x"}}, {}, None):
             config = None if broken is None else SimpleNamespace(**broken)
-            assert outputs_of(config) == []
+            assert output_names(config) == []
             assert silently(SST2, config) is None
         assert silently(MNLI, SimpleNamespace(id2label={0: "entailment", 1: "neutral"})) is None
         assert silently(get_task("stsb"), named("LABEL_0")) is None

@@ -10,7 +10,7 @@ from typing import Any
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.session import Job, Session
 from shrinkformer.errors import ShrinkformerWarning
-from shrinkformer.evaluate.labels import outputs_of
+from shrinkformer.evaluate.labels import output_names
 from shrinkformer.pictures.runs import number, read_runs
 from shrinkformer.prune.budget import Budget
 from shrinkformer.prune.checkpoint import may_be_replaced
@@ -111,7 +111,7 @@ def _identity(session: Session) -> dict[str, str]:
 def _head(session: Session) -> str:
     """A digest of what is predicted, and of the names of the outputs, by which they are matched with labels."""
     objective = session.job.objective or objective_of(session.model)
-    return texts_digest([*objective.facts(), *outputs_of(session.model.config)])
+    return texts_digest([*objective.facts(), *output_names(session.model.config)])
 
 
 def is_finished(session: Session, budget: Budget) -> bool:

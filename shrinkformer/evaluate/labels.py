@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shrinkformer.dataset.tasks import Task
 from shrinkformer.errors import CheckpointError, ShrinkformerWarning
+from shrinkformer.evaluate.paired import STDERR
 
 if TYPE_CHECKING:
     import datasets
@@ -30,7 +31,7 @@ _SHORTEST = 3  # letters that a beginning needs to stand for a name
 _CORRELATIONS = frozenset(("pearson", "spearmanr", "matthews_correlation"))
 
 
-def names_of(task: Task, examples: "datasets.Dataset | None") -> tuple[str, ...]:
+def label_names(task: Task, examples: "datasets.Dataset | None") -> tuple[str, ...]:
     """Names of the labels of some data, in the order of their numbers; empty where nobody says.
 
     Args:
@@ -42,7 +43,7 @@ def names_of(task: Task, examples: "datasets.Dataset | None") -> tuple[str, ...]
     return _GLUE.get(task.name, ()) if _numbers([_plain(name) for name in own]) is not None else own
 
 
-def outputs_of(config: Any) -> list[str]:
+def output_names(config: Any) -> list[str]:
     """Names of a classifier's outputs, in their order; empty where its configuration has none that can be read."""
     by_number, by_name = (getattr(config, name, None) or {} for name in ("id2label", "label2id"))
     found = _in_order(by_number.items())
@@ -87,7 +88,7 @@ def label_columns(task: Task, config: Any, examples: "datasets.Dataset | None" =
     Warns:
         ShrinkformerWarning: names differ, with both lists and what was made of them.
     """
-    names, outputs = names_of(task, examples), outputs_of(config)
+    names, outputs = label_names(task, examples), output_names(config)
     if not names or len(names) != len(outputs):
         return None
     wanted, ours = [_plain(name) for name in names], [_plain(name) for name in outputs]
@@ -139,14 +140,14 @@ def warn_below_chance(task: Task, metrics: Mapping[str, float], config: Any) -> 
     """
     name = task.metrics[0]
     chance = {"accuracy": 1 / (task.num_labels or 2)}.get(name, 0.0 if name in _CORRELATIONS else None)
-    value, error = metrics.get(name), metrics.get(f"{name}_stderr", 0.0)
+    value, error = metrics.get(name), metrics.get(f"{name}{STDERR}", 0.0)
     if chance is None or value is None or not value + 2 * error < chance:
         return
     cause = "its scale is most likely turned round, or it was made for another task"
     if task.kind == "classification":
         cause = (
-            f"its outputs ({', '.join(outputs_of(config)) or 'without names'}) most likely stand in another order than "
-            f"the labels of {task.name} ({', '.join(_GLUE.get(task.name, ()))}): correct id2label in config.json"
+            f"its outputs ({', '.join(output_names(config)) or 'without names'}) most likely stand in another order "
+            f"than the labels of {task.name} ({', '.join(_GLUE.get(task.name, ()))}): correct id2label in config.json"
         )
     figures = f"{name} of the model is {value:.3f} (standard error {error:.3f}), below chance ({chance:.3f})"
     _warn(f"task {task.name}: {figures}; {cause}")
