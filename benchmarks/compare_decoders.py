@@ -21,7 +21,7 @@ from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.commands.console import quiet_libraries
 from shrinkformer.commands.locate import find_decoder, load_model, load_tokenizer, model_class
 from shrinkformer.commands.options import BUNDLED_DECODER, DecoderOptions, resolve_device
-from shrinkformer.commands.prune_opt import as_batches, read_calibration, read_evaluation, window_length
+from shrinkformer.commands.prune_opt import read_calibration, read_evaluation, window_batches, window_length
 from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.prune.budget import Budget
@@ -103,7 +103,7 @@ class Comparison:
         missing = [mu for mu in mus if not self.results.has(keys[mu])]
         if not missing:
             return
-        batches = as_batches(calibration, self.batch_size)
+        batches = window_batches(calibration, self.batch_size)
         calibrated = calibrate(self.model, batches, method=method, seed=seed, config=self.config)
         for mu in missing:
             pruned = calibrated.prune(Budget(mu, calibration.shape[1], uniform=self.uniform))

@@ -18,7 +18,7 @@ from benchmarks.quantization import BATCH, Subject, read_subject
 from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import quiet_libraries
-from shrinkformer.commands.prune_opt import as_batches
+from shrinkformer.commands.prune_opt import window_batches
 from shrinkformer.efficiency.size import count_parameters
 from shrinkformer.errors import BudgetError
 from shrinkformer.prune.budget import Budget
@@ -54,7 +54,7 @@ def quantize(
     """Quantize in place: in one go, or one scope after the other where they differ."""
     scopes = {"all": bits[0]} if bits[0] == bits[1] else dict(zip(SCOPES, bits, strict=True))
     for scope, width in scopes.items():
-        quantize_(model, as_batches(ids, BATCH), QuantizeConfig(width, group_size, layers=scope), dense=dense)
+        quantize_(model, window_batches(ids, BATCH), QuantizeConfig(width, group_size, layers=scope), dense=dense)
     return model
 
 
@@ -80,7 +80,7 @@ def prune_to_size(calibrated: Calibrated, length: int, wanted: int) -> PreTraine
 def run_seed(subject: Subject, options: argparse.Namespace, seed: int, results: Results) -> None:
     """All points on one calibration sample."""
     ids, group = subject.calibrate(seed), options.group_size
-    calibrated = calibrate(subject.model, as_batches(ids, BATCH), method=options.method, seed=seed)
+    calibrated = calibrate(subject.model, window_batches(ids, BATCH), method=options.method, seed=seed)
     pruned = calibrated.prune(Budget(options.mu, subject.length, group)).model
     wanted = stored_bytes(pruned, (4, 4), group)
 

@@ -25,7 +25,7 @@ from benchmarks.peers.runner import PEERS, PeerError, run_peer
 from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import quiet_libraries
-from shrinkformer.commands.prune_opt import as_batches
+from shrinkformer.commands.prune_opt import window_batches
 from shrinkformer.dataset.corpora import calibration_windows, evaluation_windows
 from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
@@ -144,7 +144,7 @@ def quantize_ours(model: PreTrainedModel, ids: Tensor, quantizer: str, bits: int
     """
     name = quantizer.removesuffix("-asym")
     config = QuantizeConfig(bits=bits, group_size=group_size, symmetric=SYMMETRIC[quantizer], quantizer=name)
-    quantize_(model, as_batches(ids, BATCH), config)
+    quantize_(model, window_batches(ids, BATCH), config)
 
 
 def run_quantizer(

@@ -26,7 +26,7 @@ from benchmarks.quantization import BATCH, read_subject
 from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.architectures import layer_views
 from shrinkformer.commands.console import quiet_libraries, say
-from shrinkformer.commands.prune_opt import as_batches
+from shrinkformer.commands.prune_opt import window_batches
 from shrinkformer.commands.pruning import round_weights
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.efficiency.size import folder_bytes
@@ -53,7 +53,7 @@ _HALVINGS, _LESS = 8, 0.98
 def read_decoder(options: argparse.Namespace, seed: int) -> Case:
     """A language model and the three corpora."""
     subject = read_subject(options.model_name, options)
-    batches = as_batches(subject.calibrate(seed), BATCH)
+    batches = window_batches(subject.calibrate(seed), BATCH)
     return Case(subject.model, folder_bytes(subject.folder), batches, subject.length, subject.judge)
 
 

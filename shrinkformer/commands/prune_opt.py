@@ -88,8 +88,8 @@ def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:
         source=source,
         chosen=model_class(source, None),
         tokenizer=tokenizer,
-        batches=as_batches(calibration, options.batch_size) if options.reads_examples else [],
-        example=as_batches(next(some for some in windows if len(some)), options.batch_size)[0],
+        batches=window_batches(calibration, options.batch_size) if options.reads_examples else [],
+        example=window_batches(next(some for some in windows if len(some)), options.batch_size)[0],
         sequence_length=length,
         evaluate=make_evaluate(options, evaluation, main, tokenizer, device=device, workers=workers),
         shapes=[(1, min(128, length)), (8, min(128, length))],
@@ -147,7 +147,7 @@ def read_calibration(options: DecoderOptions, tokenizer: Any, length: int, bundl
     )
 
 
-def as_batches(windows: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
+def window_batches(windows: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
     """Model inputs of full windows."""
     parts = [ids for ids in torch.split(windows, batch_size) if len(ids)]
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in parts]
