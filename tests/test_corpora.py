@@ -22,7 +22,7 @@ from shrinkformer.dataset.corpora import (
     calibration_windows,
     evaluation_windows,
     load_texts,
-    read_text_file,
+    read_own_text,
     require_different_files,
     windows_of,
 )
@@ -329,7 +329,7 @@ class TestOwnFiles:
     def test_a_text_is_read_as_it_stands(self, tmp_path):
         path = tmp_path / "own.txt"
         path.write_bytes("\ufeffEin Text,\r\n  größer\n".encode())
-        assert read_text_file(path) == "Ein Text,\n  größer\n"
+        assert read_own_text(path) == "Ein Text,\n  größer\n"
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -340,9 +340,9 @@ class TestOwnFiles:
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(DataError, match=f"own.txt .*{message}"):
-            read_text_file(path)
+            read_own_text(path)
         with pytest.raises(DataError, match="cannot be read"):
-            read_text_file(tmp_path)
+            read_own_text(tmp_path)
 
     def test_calibration_and_evaluation_must_differ(self, tmp_path):
         one, copy, other = (write(tmp_path / name, text) for name, text in (("1", "a b"), ("2", "a b"), ("3", "a c")))

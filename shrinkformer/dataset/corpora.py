@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shrinkformer.dataset.corpus import Corpus, get_corpus  # noqa: F401 - found here as before
-from shrinkformer.dataset.files import read_file, read_text, read_texts
+from shrinkformer.dataset.corpus import Corpus
+from shrinkformer.dataset.files import read_file, read_texts
 from shrinkformer.dataset.loading import SAMPLES
 from shrinkformer.errors import DataError, InputError, MissingDataError
 
@@ -42,7 +42,8 @@ def load_texts(corpus: Corpus, split: str, *, data_dir: Path | None, bundled: bo
     if path is None:
         return _from_hub(corpus, split, data_dir, bundled)
     if path.suffix == ".txt":
-        return [corpus.row(line) for line in read_text_file(path).removesuffix("\n").split("\n")]
+        (text,) = read_texts(path)
+        return [corpus.row(line) for line in text.removesuffix("\n").split("\n")]
     return _column(read_file(path, text_columns=[corpus.column]), corpus, str(path))
 
 
@@ -138,18 +139,6 @@ def windows_of(text: str, tokenizer: Any, length: int, *, where: str = "the eval
     if windows == 0:
         raise DataError(f"{where} has {len(ids)} tokens, less than one window of {length}; use shorter windows")
     return ids[: windows * length].view(windows, length)
-
-
-def read_text_file(path: Path) -> str:
-    """Read a text of the user's own, as a whole (``--calibration_file``, ``--evaluation_file``).
-
-    Raises:
-        DataError: the file is missing, not UTF-8, or blank.
-    """
-    text = read_text(path)
-    if not text.strip():
-        raise DataError(f"{path} is empty; it should hold a text")
-    return text
 
 
 def read_own_text(path: Path) -> str:
