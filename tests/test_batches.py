@@ -226,7 +226,7 @@ def test_anything_else_is_one_clear_line(case: str) -> None:
 
 def test_a_decoder_that_classifies_needs_a_padding_token() -> None:
     model = build_model("gpt2", "ForSequenceClassification", pad_token_id=None)
-    with pytest.raises(ShrinkformerError, match=r"set model\.config\.pad_token_id"):
+    with pytest.raises(ShrinkformerError, match=r"model\.config\.pad_token_id"):
         as_batches(ROWS, model)
 
 

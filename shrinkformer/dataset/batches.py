@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shrinkformer.architectures import DECODERS
 from shrinkformer.architectures.heads import chooses
 from shrinkformer.architectures.limits import has_position_table, max_positions
 from shrinkformer.dataset.given import INPUTS, WAYS, Piece, Text, Values, dimensions, pieces_of
 from shrinkformer.errors import InputError, ShrinkformerWarning
+from shrinkformer.utils.inputs import require_padding_id
 
 Batch = Mapping[str, Tensor]
 
@@ -298,13 +298,8 @@ def _require_fit(batches: Sequence[Batch], model: PreTrainedModel) -> None:
             f"the calibration data has {longest} tokens in a row, and {type(model).__name__} takes {positions}; cut "
             "them (truncation=True, max_length=...)."
         )
-    several = any(len(batch["input_ids"]) > 1 for batch in batches)
-    classifies = type(model).__name__.endswith("ForSequenceClassification") and model.config.model_type in DECODERS
-    if several and classifies and _pad_id(model) is None:
-        raise InputError(
-            f"{type(model).__name__} finds the last token of an example by its padding, and its configuration names "
-            "none; set model.config.pad_token_id."
-        )
+    if any(len(batch["input_ids"]) > 1 for batch in batches):
+        require_padding_id(model)
 
 
 def _warn(message: str) -> None:
