@@ -25,9 +25,8 @@ from shrinkformer.commands.prune_opt import read_calibration, read_evaluation, w
 from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.prune.budget import Budget
-from shrinkformer.prune.divergence import Target
+from shrinkformer.prune.divergence import Target, predictions
 from shrinkformer.prune.names import METHOD_NAMES
-from shrinkformer.prune.objective import Objective
 from shrinkformer.prune.pruner import calibrate
 from shrinkformer.prune.result import Pruned
 from shrinkformer.prune.resume import fingerprint
@@ -81,8 +80,7 @@ class Comparison:
         for ids in torch.split(self.evaluation[corpus][:DIVERGENCE_WINDOWS], self.batch_size):
             moved = ids.to(self.model.device)
             mask = torch.ones_like(moved, dtype=torch.bool)
-            outputs = [each(input_ids=moved, use_cache=False) for each in (self.model, model)]
-            dense, other = (Objective().predictions(output, mask) for output in outputs)
+            dense, other = (predictions(each(input_ids=moved, use_cache=False), mask) for each in (self.model, model))
             total, tokens = total + float(Target(dense).divergence(other)), tokens + ids.numel()
         return total / tokens
 

@@ -10,9 +10,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from shrinkformer.errors import InputError, UnsupportedModelError
-from shrinkformer.prune.divergence import Judge, Target
+from shrinkformer.prune.divergence import Judge, Target, predictions
 from shrinkformer.prune.fisher import log_likelihood, output_metrics, pass_gradients
-from shrinkformer.prune.objective import Logits, Objective, objective_of
+from shrinkformer.prune.objective import Logits, objective_of
 from shrinkformer.prune.pruner import prune_model
 from shrinkformer.prune.shrink_config import ShrinkConfig
 from shrinkformer.utils.inputs import outputs_of, padded_right
@@ -151,7 +151,7 @@ class TestHeads:
 
     def test_of_an_unknown_head_all_logits_count(self) -> None:
         mask = torch.ones(1, 3, dtype=torch.bool)
-        dense, other = (Objective().predictions(classified(torch.full((1, 2), value)), mask) for value in (0.0, 4.0))
+        dense, other = (predictions(classified(torch.full((1, 2), value)), mask) for value in (0.0, 4.0))
         assert float(Target(dense).divergence(other)) == pytest.approx(16)
 
 

@@ -2,17 +2,23 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.errors import NumericalError
-from shrinkformer.prune.objective import Objective, Predictions
+from shrinkformer.prune.objective import UNKNOWN, Objective, Predictions
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.utils.inputs import outputs_of, token_mask
 from shrinkformer.utils.parallel import ALONE, Workers
 from shrinkformer.utils.precision import half_precision, is_finite
+
+
+def predictions(output: Any, mask: Tensor, objective: Objective = UNKNOWN) -> Predictions:
+    """What a model predicts, in a form that :class:`Target` compares; see :meth:`Objective.predictions`."""
+    return objective.predictions(output, mask)
 
 
 class Target:

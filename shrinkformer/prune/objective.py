@@ -151,6 +151,10 @@ class Objective:
         return replace(self, scale=workers.broadcast(tuple(_power_of_two(float(each)) for each in variances.sqrt())))
 
 
+UNKNOWN = Objective()
+"""Of a head that nothing is known about: all of a row of logits counts, whatever answer is made of it."""
+
+
 def objective_of(model: nn.Module) -> Objective:
     """What a model predicts, from its configuration, the class of its head, and the files beside it.
 
