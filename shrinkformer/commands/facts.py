@@ -111,7 +111,7 @@ def loading_lines(source: Source, files: Sequence[str]) -> list[str]:
     method = (getattr(source.config, "quantization_config", None) or {}).get("quant_method")
     if source.pruned or method in READABLE:
         return ["import shrinkformer", f"model = shrinkformer.load({source.location!r})"]
-    chosen = auto_class((source.config.architectures or [""])[0])
+    chosen = auto_class(source.architecture)
     return [f"from transformers import {chosen}", f"model = {chosen}.from_pretrained({source.location!r})"]
 
 

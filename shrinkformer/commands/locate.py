@@ -72,6 +72,11 @@ class Source:
     config: PreTrainedConfig
 
     @property
+    def architecture(self) -> str:
+        """The class that it was saved from, such as ``BertForMaskedLM``; "" where its configuration names none."""
+        return str((getattr(self.config, "architectures", None) or [""])[0])
+
+    @property
     def pruned(self) -> bool:
         """Whether this package wrote it."""
         return bool(getattr(self.config, "shrinkformer", None))
@@ -120,12 +125,11 @@ def find_decoder(model_name: str, task: str) -> Source:
     bundled = bundled_decoder() if model_name == BUNDLED_DECODER else None
     on_hub = f"facebook/{model_name.lower()}" if _short_of_opt(model_name) else model_name
     source = _find(model_name, folders, bundled, on_hub=on_hub)
-    architecture = (getattr(source.config, "architectures", None) or [""])[0]
     if not generates(source.config):
         raise InputError(
-            f"--model_name {model_name}: it is a {architecture or source.config.model_type}, but a language model "
-            f"(...ForCausalLM of {', '.join(sorted(DECODERS))}) is needed; for an encoder leave --task out, or name "
-            f"a task of encoders."
+            f"--model_name {model_name}: it is a {source.architecture or source.config.model_type}, but a language "
+            f"model (...ForCausalLM of {', '.join(sorted(DECODERS))}) is needed; for an encoder leave --task out, or "
+            "name a task of encoders."
         )
     return source
 
@@ -167,8 +171,8 @@ def _short_of_opt(model_name: str) -> bool:
 
 def generates(config: PreTrainedConfig) -> bool:
     """Whether a configuration is that of a language model with its head."""
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    return config.model_type in DECODERS and architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    head = head_of((getattr(config, "architectures", None) or [""])[0])
+    return config.model_type in DECODERS and head is not None and head.task == "text-generation"
 
 
 def _find(
@@ -236,9 +240,9 @@ def require_weight_files(source: Source) -> None:
 
 def _require_head(source: Source, task: Task) -> None:
     """Check that the checkpoint has a fine-tuned head of the right kind and size."""
-    architecture = (getattr(source.config, "architectures", None) or [""])[0]
+    architecture = source.architecture
     if task.kind == "similarity":
-        _require_no_head(source, architecture)
+        _require_no_head(source)
     needed = {"question_answering": "ForQuestionAnswering", "similarity": ""}.get(
         task.kind, "ForSequenceClassification"
     )
@@ -255,10 +259,10 @@ def _require_head(source: Source, task: Task) -> None:
         )
 
 
-def _require_no_head(source: Source, architecture: str) -> None:
+def _require_no_head(source: Source) -> None:
     """Check that no head would be dropped; what sentence-transformers wrote has none, whatever its class is called."""
-    head = head_of(architecture)
-    if not architecture or head is BARE or (Path(source.location) / MODULES).is_file():
+    architecture = source.architecture
+    if not architecture or head_of(architecture) is BARE or (Path(source.location) / MODULES).is_file():
         return
     raise InputError(
         f"--model_name {source.name}: it is a {architecture}, whose head --task_name similarity would drop; leave "
@@ -274,7 +278,7 @@ def find_own(model_name: str) -> tuple[Source, Head]:
     """
     source = find_any(model_name)
     class_of(source)  # says so where nothing tells which head there is
-    architecture = source.config.architectures[0]
+    architecture = source.architecture
     if generates(source.config):
         raise InputError(f"--model_name {model_name}: it is a language model; use shrinkformer, or prune_opt.py.")
     head = head_of(architecture)
@@ -302,7 +306,7 @@ def embeddings_of(source: Source) -> Objective:
 def model_class(source: Source, task: Task | None) -> Any:
     """The class that loads a checkpoint for a task, or as a language model; an Auto class where it was not pruned."""
     if source.pruned:
-        return getattr(pruned_modeling, (source.config.architectures or ["nothing"])[0])
+        return getattr(pruned_modeling, source.architecture or "nothing")
     return AutoModelForCausalLM if task is None else AUTO_MODELS[task.kind]
 
 
@@ -312,15 +316,14 @@ def class_of(source: Source) -> Any:
     Raises:
         InputError: Nothing says which head that is.
     """
-    architecture = (getattr(source.config, "architectures", None) or [""])[0]
-    if not architecture and holds_weights(source):
+    if not source.architecture and holds_weights(source):
         raise InputError(
             f"{source.name}: its config.json names no architectures, and its files do not tell which head it has; add "
             'the class, such as "architectures": ["BertForSequenceClassification"].'
         )
     if source.pruned:
         return model_class(source, None)
-    return getattr(transformers, auto_class(architecture))
+    return getattr(transformers, auto_class(source.architecture))
 
 
 def empty_model(source: Source, chosen: Any) -> PreTrainedModel:
