@@ -1,8 +1,8 @@
 """``prune_bert.py``: what is read for an encoder, and how it is judged."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -18,9 +18,8 @@ from shrinkformer.commands.locate import (
     require_label_names,
 )
 from shrinkformer.commands.main import prune_bert as main
-from shrinkformer.commands.options import BUNDLED_MODEL, EncoderOptions, resolve_device
+from shrinkformer.commands.options import BUNDLED_MODEL, EncoderOptions
 from shrinkformer.commands.own_head import read_own_job
-from shrinkformer.commands.pruning import run_pruning
 from shrinkformer.commands.samples import read_or_sample
 from shrinkformer.commands.session import Job
 from shrinkformer.dataset.calibration import sample_calibration
@@ -31,26 +30,13 @@ from shrinkformer.evaluate.evaluation import evaluate_model
 from shrinkformer.evaluate.paired import Scores
 from shrinkformer.prune.pooling import MEAN, SentenceHead
 from shrinkformer.prune.resources import Resources
-from shrinkformer.prune.result import timed
 from shrinkformer.prune.resume import texts_digest
-from shrinkformer.utils.parallel import Workers, local_device, workers_of
+from shrinkformer.utils.parallel import Workers
 
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["main", "read_data", "read_job", "run_encoder"]
-
-Options = TypeVar("Options", bound=EncoderOptions)
-
-
-def run_encoder(options: Options, run: Callable[[Job, Options, dict[str, float]], None] = run_pruning) -> None:
-    """Read, then run."""
-    device = resolve_device(options.device)
-    with workers_of(device) as workers:
-        seconds: dict[str, float] = {}
-        with timed(seconds, "loading"):
-            job = read_job(options, local_device(device), workers)
-        run(job, options, seconds)
+__all__ = ["main", "read_data", "read_job"]
 
 
 def read_job(options: EncoderOptions, device: str, workers: Workers) -> Job:

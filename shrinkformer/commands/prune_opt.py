@@ -1,8 +1,8 @@
 """``prune_opt.py``: what is read for a language model, and how it is judged."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from shrinkformer.commands.locate import (
     require_fitting_tokens,
 )
 from shrinkformer.commands.main import prune_opt as main
-from shrinkformer.commands.options import BUNDLED_DECODER, DecoderOptions, resolve_device, torch_dtype
-from shrinkformer.commands.pruning import run_pruning
+from shrinkformer.commands.options import BUNDLED_DECODER, DecoderOptions, torch_dtype
 from shrinkformer.commands.samples import read_or_sample
 from shrinkformer.commands.session import Evaluate, Job
 from shrinkformer.dataset.corpora import calibration_windows, evaluation_windows, read_own_text, windows_of
@@ -29,27 +28,14 @@ from shrinkformer.evaluate.paired import STDERR, Scores
 from shrinkformer.evaluate.perplexity import Perplexity, evaluate_perplexity
 from shrinkformer.evaluate.streaming import stream_perplexity
 from shrinkformer.prune.resources import Resources
-from shrinkformer.prune.result import timed
 from shrinkformer.prune.resume import texts_digest
 from shrinkformer.utils.installation import how_to_install
-from shrinkformer.utils.parallel import Workers, local_device, workers_of
+from shrinkformer.utils.parallel import Workers
 
-__all__ = ["LONGEST", "main", "read_job", "run_decoder"]
-
-Options = TypeVar("Options", bound=DecoderOptions)
+__all__ = ["LONGEST", "main", "read_job"]
 
 LONGEST = 4096
 """Longest default window: models that take a hundred thousand tokens are measured on shorter ones by everybody."""
-
-
-def run_decoder(options: Options, run: Callable[[Job, Options, dict[str, float]], None] = run_pruning) -> None:
-    """Read, then run; when pruning with ``--mu 1`` the dense model is evaluated and nothing else."""
-    device = resolve_device(options.device)
-    with workers_of(device) as workers:
-        seconds: dict[str, float] = {}
-        with timed(seconds, "loading"):
-            job = read_job(options, local_device(device), workers)
-        run(job, options, seconds)
 
 
 def read_job(options: DecoderOptions, device: str, workers: Workers) -> Job:

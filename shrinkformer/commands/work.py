@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from shrinkformer.commands.options import EncoderOptions, PruneOptions
+from shrinkformer.commands import prune_bert, prune_opt
+from shrinkformer.commands.options import EncoderOptions, PruneOptions, resolve_device
 from shrinkformer.commands.quantize_options import QuantizeOptions
 from shrinkformer.commands.session import Job
+from shrinkformer.prune.result import timed
+from shrinkformer.utils.parallel import local_device, workers_of
 
 
 def prune(options: PruneOptions) -> None:
@@ -26,11 +29,11 @@ def quantize(options: QuantizeOptions) -> None:
 
 
 def _run_on(options: Any, run: Callable[[Job, Any, dict[str, float]], None]) -> None:
-    if isinstance(options, EncoderOptions):
-        from shrinkformer.commands.prune_bert import run_encoder
-
-        run_encoder(options, run)
-    else:
-        from shrinkformer.commands.prune_opt import run_decoder
-
-        run_decoder(options, run)
+    """Read the model and its examples, then run."""
+    read: Callable[..., Job] = prune_bert.read_job if isinstance(options, EncoderOptions) else prune_opt.read_job
+    device = resolve_device(options.device)
+    with workers_of(device) as workers:
+        seconds: dict[str, float] = {}
+        with timed(seconds, "loading"):
+            job = read(options, local_device(device), workers)
+        run(job, options, seconds)
