@@ -1,6 +1,5 @@
 """What is read where no task is named: the checkpoint with its own head, and texts that nobody has labelled."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from shrinkformer.dataset.own_texts import masked, read_own_texts
 from shrinkformer.evaluate.agreement import compare
 from shrinkformer.evaluate.paired import Scores
 from shrinkformer.prune.objective import Objective, objective_of
-from shrinkformer.prune.resume import texts_digest
+from shrinkformer.prune.resume import examples_digest
 from shrinkformer.prune.sentence_encoder import MODULES
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.prune.stream import mean_length
@@ -69,7 +68,7 @@ def read_own_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
         facts={
             "evaluated on": f"{sum(len(next(iter(batch.values()))) for batch in judged):,} texts that were set aside"
         },
-        evaluation_digest=lambda: texts_digest(_words_of(judged)),
+        evaluation_digest=lambda: examples_digest(judged),
     )
 
 
@@ -87,11 +86,3 @@ class _Judge:
             one.to(self._device)
         self._objective = self._objective.scaled(dense, self._judged, self._workers)
         return compare(dense, model, self._judged, self._objective, mask_id=self._mask_id, workers=self._workers)
-
-
-def _words_of(batches: Batches) -> Iterator[str]:
-    """All that figures depend on beside the model."""
-    for batch in batches:
-        for name, values in batch.items():
-            yield name
-            yield repr(values.tolist())
