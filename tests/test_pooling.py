@@ -226,7 +226,7 @@ def test_a_pruned_folder_keeps_the_pooling(pairs: datasets.Dataset, tmp_path: Pa
     what = ["--task_name", "similarity", "--method", "stat", "--mu", "0.6", "--sample_batch_size", "24"]
     assert main(["--model_name", str(tmp_path / "encoder"), *what, *where]) == 0
     said = "".join(capsys.readouterr())
-    assert "sentences are compared by the cosine of their embeddings (pooling: cls; then normalize)" in said
+    assert "sentence embeddings: cls pooling, normalize, compared by cosine" in said
     (report,) = output.rglob("similarity.jsonl")
     found = json.loads(report.read_text())
     small = SentenceTransformer(str(tmp_path / "small"), trust_remote_code=True, device="cpu")

@@ -75,7 +75,7 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
         if not left:
             return
         if job.sentence_encoder and job.objective is not None:
-            job.say(f"sentences are compared by {job.objective.sentence}")
+            job.say(f"sentence embeddings: {job.objective.sentence}")
         job.say(f"evaluating the dense model on {job.task_name}")
         with timed(seconds, "evaluation"):
             session.dense = measure_dense(session)

@@ -196,7 +196,7 @@ class Session:
             "MACs": f"of an input of {job.sequence_length:.2f} tokens",
         }
         if job.objective is not None:
-            facts["embeddings"] = job.objective.sentence.in_words()
+            facts["embeddings"] = str(job.objective.sentence)
         elif not self.model.can_generate() and (logits := objective_of(self.model).logits) in UNUSUAL:
             facts["predictions"] = logits.value
         if budget.mu < 1 and options.shrinks and options.keeps_whole_heads:

@@ -131,12 +131,16 @@ class SentenceHead:
     lower: bool = False
     longest: int | None = None
 
-    def in_words(self) -> str:
-        """For reports: how embeddings are made and compared."""
+    def __str__(self) -> str:
+        """How embeddings are made and compared, in words.
+
+        >>> str(MEAN)
+        'mean pooling, normalize, compared by cosine'
+        """
         words = [f"{' and '.join(self.poolings)} pooling"]
         words += [type(module).__name__.lower() for module in self.behind]
         words += [f"compared by {self.similarity}"]
-        words += [f"behind the prompt {self.prompt!r}"] if self.prompt else []
+        words += [f"behind the prompt {shortened(repr(self.prompt))}"] if self.prompt else []
         words += ["texts in small letters"] if self.lower else []
         words += [f"at most {self.longest} tokens"] if self.longest else []
         return ", ".join(words)
@@ -149,7 +153,11 @@ class SentenceHead:
     @property
     def of_unit_length(self) -> bool:
         """Whether lengths of embeddings say nothing: they are one, or never looked at."""
-        return self.similarity == "cosine" or (bool(self.behind) and isinstance(self.behind[-1], Normalize))
+        return self.similarity == "cosine" or self._ends_in_normalize
+
+    @property
+    def _ends_in_normalize(self) -> bool:
+        return bool(self.behind) and isinstance(self.behind[-1], Normalize)
 
     def __call__(self, states: Tensor, mask: Tensor) -> Tensor:
         """Embeddings, ``(examples, width)`` float32.
@@ -166,8 +174,7 @@ class SentenceHead:
     def embed(self, states: Tensor, mask: Tensor) -> Tensor:
         """The same, of length one where only their directions count."""
         found = self(states, mask)
-        ends_so = bool(self.behind) and isinstance(self.behind[-1], Normalize)
-        return found if ends_so or not self.of_unit_length else Normalize().forward(found)
+        return found if self._ends_in_normalize or not self.of_unit_length else Normalize().forward(found)
 
     def compare(self, first: Array, second: Array) -> Array:
         """Similarity of pairs of embeddings from :meth:`embed`, ``(pairs,)``: the larger, the more alike."""
@@ -176,18 +183,6 @@ class SentenceHead:
             np.einsum("ij,ij->i", first, second) if order is None else -np.linalg.norm(first - second, order, axis=1)
         )
         return np.asarray(alike, dtype=np.float32)
-
-    def __str__(self) -> str:
-        """In words.
-
-        >>> str(MEAN)
-        'the cosine of their embeddings (pooling: mean; then normalize)'
-        """
-        pooled = " and ".join(self.poolings)
-        behind = ", ".join(type(module).__name__.lower() for module in self.behind)
-        measure = {"cosine": "the cosine", "dot": "the product"}.get(self.similarity, f"the {self.similarity} distance")
-        prompt = f"; each behind {shortened(repr(self.prompt))}" if self.prompt else ""
-        return f"{measure} of their embeddings (pooling: {pooled}{'; then ' if behind else ''}{behind}{prompt})"
 
 
 MEAN = SentenceHead()
