@@ -9,9 +9,9 @@ from typing import Any
 from shrinkformer.commands.card_metadata import metadata, pipeline_tag, results_of
 from shrinkformer.commands.onnx_card import without_onnx_section
 from shrinkformer.commands.report import Run
-from shrinkformer.commands.report_text import FEW_TOKENS, calibration_of, errors_in_words, mu_in_words
+from shrinkformer.commands.report_text import FEW_TOKENS, calibration_of, errors_in_words, mu_in_words, with_error
 from shrinkformer.efficiency.size import folder_bytes
-from shrinkformer.evaluate.paired import STDERR, names_of
+from shrinkformer.evaluate.paired import names_of
 from shrinkformer.pictures.columns import figure
 from shrinkformer.pictures.runs import DECODED, heading
 from shrinkformer.prune.plan import Plan
@@ -21,6 +21,8 @@ from shrinkformer.quantize.config import Quantized
 from shrinkformer.quantize.names import ONNX
 from shrinkformer.quantize.scheme import WHOLE_ROW
 from shrinkformer.utils.files import write_atomically
+
+_BETWEEN = " ± "  # a metric and its standard error
 
 PRUNED = "pruned"
 
@@ -174,7 +176,7 @@ def _measured(run: Run, folder: Path) -> str:
     rows = [
         [
             f"{name} on {run.task_name}",
-            *(_with_error(figures.metrics, name) for figures in values),
+            *(with_error(figures.metrics, name, between=_BETWEEN) for figures in values),
         ]
         for name in names_of(models[last].metrics)
     ]
@@ -184,16 +186,11 @@ def _measured(run: Run, folder: Path) -> str:
         [f"latency, {shape} tokens (ms, {run.device})", *(f"{some.latency_ms[shape]:,.2f}" for some in values)]
         for shape in run.dense.latency_ms
     ]
-    changed = ", ".join(f"{name} {_with_error(changes, name, '+')}" for name in names_of(changes))
+    changed = ", ".join(f"{name} {with_error(changes, name, '+', _BETWEEN)}" for name in names_of(changes))
     notes = f"Metrics stand with their standard errors. Change on the same examples, with its own: {changed}."
     if run.quantized is not None and run.dense.latency_ms:
         notes += f" {DECODED}"
     return _table(["", *heads], rows) + f"\n\n{notes}"
-
-
-def _with_error(metrics: Mapping[str, float], name: str, sign: str = "") -> str:
-    error = metrics.get(f"{name}{STDERR}")
-    return figure(metrics.get(name), sign=sign) + ("" if error is None else f" ± {figure(error)}")
 
 
 def _provenance(run: Run) -> str:

@@ -90,10 +90,10 @@ def _sizes(models: "Sequence[Measured]") -> Iterator[tuple[str, list[float], flo
             yield f"{runtime} {shape} (ms)", found, 1.0
 
 
-def with_error(metrics: Mapping[str, float], name: str, sign: str = "") -> str:
+def with_error(metrics: Mapping[str, float], name: str, sign: str = "", between: str = " ±") -> str:
     """A metric, or its change, and its standard error where there is one."""
     error = metrics.get(f"{name}{STDERR}")
-    return figure(metrics.get(name), sign=sign) + ("" if error is None else f" ±{figure(error)}")
+    return figure(metrics.get(name), sign=sign) + ("" if error is None else f"{between}{figure(error)}")
 
 
 def _plan_lines(plan: Plan, known: Sequence[tuple[float | None, float | None]]) -> list[str]:
