@@ -121,7 +121,7 @@ class Session:
 
     @cached_property
     def side_folder(self) -> Path | None:
-        """Folder with the dense model's card and what sentence-transformers needs, where it can be had."""
+        """Folder with the dense model's card and all that stands beside its weights, where it can be had."""
         return side_folder(self.job.source)
 
     def card(self, folder: Path, title: str, plan: Plan | None, **found: Any) -> str:

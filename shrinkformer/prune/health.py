@@ -46,8 +46,8 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], *, when: str = "", sto
 
     Args:
         tensors: With the names that a message gives them.
-        when: See above.
-        stored: See above.
+        when: What was done before, for the message.
+        stored: The type that they have in a file, if they come from one.
 
     Raises:
         NumericalError: One of them holds NaN or infinity.

@@ -1,4 +1,4 @@
-"""Model inputs.
+"""Model inputs: what a forward pass takes of a batch, and where the tokens are in it.
 
 A batch holds tensors of integers by the names of a forward pass's arguments, ``(examples, length)``, or ``(examples,
 choices, length)`` where a model answers by choosing: such a model makes one row of tokens of each choice.
@@ -30,7 +30,7 @@ def accepted_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, 
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The same; decoders are told to keep no keys and values for a next token."""
+    """Arguments of a forward pass: accepted inputs, and for decoders to keep no keys and values for a next token."""
     cached = "use_cache" in inspect.signature(model.forward).parameters
     return {**accepted_inputs(model, batch), **({"use_cache": False} if cached else {})}
 
