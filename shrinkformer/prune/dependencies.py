@@ -13,7 +13,7 @@ EVALUATION_EXAMPLES = "evaluation examples"
 _LEARNING = frozenset({"--batch_size", "--method", "--whole_heads"})  # batches change rounding, at least
 _CHOOSING = _LEARNING | {"--search_seconds", "--budget", "--latency_shape"}
 _QUANTIZING = _CHOOSING | {"--bits", "--group_size", "--quantizer", "--asymmetric", "--layers", "--also"}
-_EVALUATION_FLAGS = {"--evaluation_file", "--evaluation_windows", "--evaluation_examples", "--lm_eval"}
+_EVALUATION_FLAGS = {"--evaluation_file", "--evaluation_windows", "--lm_eval"}
 _EVALUATING = frozenset({"--batch_size", EVALUATION_EXAMPLES} | _EVALUATION_FLAGS)
 _REPORTING = _QUANTIZING | _EVALUATING | {"--target_ratio", "--format", "--export"}
 
