@@ -92,7 +92,11 @@ class EvaluateOptions:
         "the model takes, at most 4096",
     )
     batch_size: int = option(
-        32, "examples per forward pass", group="model", advanced=True, more="changes speed and memory, not results"
+        32,
+        "examples per forward pass",
+        group="model",
+        advanced=True,
+        more="changes speed and memory, results by no more than rounding",
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:<n>", advanced=True)
     threads: int | None = threads_option(advanced=True)
