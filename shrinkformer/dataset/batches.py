@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures.heads import chooses
 from shrinkformer.architectures.limits import has_position_table, max_positions
-from shrinkformer.dataset.given import INPUTS, WAYS, Piece, Text, Values, dimensions, pieces_of
+from shrinkformer.dataset.given import INPUTS, WAYS, Piece, Text, Values, dimensions, pieces_of, shape_of
 from shrinkformer.errors import InputError, ShrinkformerWarning
 from shrinkformer.utils.inputs import require_padding_id
 
@@ -190,18 +190,12 @@ def _aligned(columns: dict[str, Values]) -> dict[str, Values]:
     """The same, all of one shape; a mask of tokens against tokens, and the like, is none."""
     ids = columns["input_ids"]
     for name, value in columns.items():
-        if dimensions(value) != dimensions(ids) or _sizes(value) != _sizes(ids):
+        if dimensions(value) != dimensions(ids) or shape_of(value) != shape_of(ids):
             raise InputError(
-                f"{name} and input_ids of an example differ in form ({_sizes(value)} and {_sizes(ids)}); give both one "
-                "number for each token."
+                f"{name} and input_ids of an example differ in form ({shape_of(value)} and {shape_of(ids)}); give both "
+                "one number for each token."
             )
     return columns
-
-
-def _sizes(values: Values) -> Any:
-    if isinstance(values, Tensor):
-        return tuple(values.shape)
-    return [_sizes(part) for part in values]
 
 
 def _seem_padded(ids: Tensor, pad_id: int | None) -> int:

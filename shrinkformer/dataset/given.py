@@ -158,8 +158,9 @@ def _texts(item: Any, *, batch: bool) -> list[Text] | None:
 
 
 def _is_text(value: Any) -> bool:
-    pair = isinstance(value, list | tuple) and bool(value) and all(isinstance(part, str) for part in value)
-    return isinstance(value, str) or pair
+    """Whether it is a text, or a list of nothing else."""
+    several = isinstance(value, list | tuple) and bool(value) and all(isinstance(part, str) for part in value)
+    return isinstance(value, str) or several
 
 
 def _of_names(item: Mapping[str, Any], where: str) -> Piece:
@@ -180,11 +181,7 @@ def _of_names(item: Mapping[str, Any], where: str) -> Piece:
 
 
 def _holds_texts(value: Any) -> bool:
-    if isinstance(value, str):
-        return True
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(part, str) for part in value)
+    return _is_text(value.tolist() if isinstance(value, np.ndarray) else value)
 
 
 def text_columns(item: Mapping[str, Any]) -> tuple[str, ...]:
@@ -209,7 +206,7 @@ def text_columns(item: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _by_position(parts: list[Values], pad_id: int | None, where: str) -> dict[str, Values]:
     """Names for a tuple: token ids, then a mask and token types in either order; what has another shape is no input."""
-    ids, others = parts[0], [part for part in parts[1:] if _shape(part) == _shape(parts[0])]
+    ids, others = parts[0], [part for part in parts[1:] if shape_of(part) == shape_of(parts[0])]
     columns: dict[str, Values] = {"input_ids": ids}
     masks = [part for part in others if _is_mask(part, ids, pad_id)]
     if len(masks) > 1 and not all(_equal(masks[0], mask) for mask in masks[1:]):
@@ -262,7 +259,7 @@ def integers(value: Any) -> Values:
     if all(isinstance(number, int | np.integer | bool) for number in value):
         return torch.tensor([int(number) for number in value])
     parts = [integers(part) if _is_full(part) else torch.zeros(0, dtype=torch.int64) for part in value]
-    if all(isinstance(part, Tensor) and part.shape == _shape(parts[0]) for part in parts):
+    if all(isinstance(part, Tensor) and part.shape == shape_of(parts[0]) for part in parts):
         return torch.stack([torch.as_tensor(part) for part in parts])
     return parts
 
@@ -272,12 +269,13 @@ def _is_full(value: Any) -> bool:
 
 
 def dimensions(values: Values) -> int:
-    """As of a tensor."""
+    """How many, as of a tensor."""
     return values.ndim if isinstance(values, Tensor) else 1 + dimensions(values[0])
 
 
-def _shape(values: Values) -> Any:
-    return values.shape if isinstance(values, Tensor) else [_shape(part) for part in values]
+def shape_of(values: Values) -> Any:
+    """As of a tensor; of values of several lengths, a list of the shapes of all parts."""
+    return tuple(values.shape) if isinstance(values, Tensor) else [shape_of(part) for part in values]
 
 
 def described(value: Any) -> str:
