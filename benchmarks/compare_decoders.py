@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.results import Record, Results, mean_and_spread
 from shrinkformer.commands.console import quiet_libraries
-from shrinkformer.commands.locate import find_decoder, load_model, load_tokenizer, model_class
+from shrinkformer.commands.locate import find_decoder, load_model, model_class
 from shrinkformer.commands.options import BUNDLED_DECODER, DecoderOptions, resolve_device
 from shrinkformer.commands.prune_opt import read_calibration, read_evaluation, window_batches, window_length
+from shrinkformer.commands.tokenizers import load_tokenizer
 from shrinkformer.dataset.corpus import CORPORA
 from shrinkformer.evaluate.perplexity import evaluate_perplexity
 from shrinkformer.prune.budget import Budget

@@ -12,9 +12,10 @@ from scipy.special import log_softmax
 from transformers import PreTrainedModel
 
 from benchmarks.results import Record
-from shrinkformer.commands.locate import find_model, load_model, load_tokenizer, model_class
+from shrinkformer.commands.locate import find_model, load_model, model_class
 from shrinkformer.commands.options import EncoderOptions
 from shrinkformer.commands.prune_bert import read_data
+from shrinkformer.commands.tokenizers import load_tokenizer
 from shrinkformer.dataset.encoding import padded_batches
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.efficiency.size import folder_bytes

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 import transformers
 
-from shrinkformer.commands.locate import AUTO_MODELS, TOKENIZER_FILES, bundled_model, may_have_tokenizer
+from shrinkformer.commands.locate import AUTO_MODELS, bundled_model
 from shrinkformer.commands.options import BUNDLED_MODEL
+from shrinkformer.commands.tokenizers import TOKENIZER_FILES, may_have_tokenizer
 from shrinkformer.dataset.encoding import encode
 from shrinkformer.dataset.loading import evaluation_splits, load_split
 from shrinkformer.dataset.targets import collate, training_rows

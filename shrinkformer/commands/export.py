@@ -24,11 +24,9 @@ from shrinkformer.commands.locate import (
     find_any,
     generates,
     load_model,
-    load_tokenizer,
-    may_have_tokenizer,
-    require_fitting_tokens,
 )
 from shrinkformer.commands.options import require_writable
+from shrinkformer.commands.tokenizers import load_tokenizer, may_have_tokenizer, require_fitting_tokens
 from shrinkformer.dataset.encoding import pad
 from shrinkformer.dataset.loading import load_split
 from shrinkformer.dataset.tasks import get_task

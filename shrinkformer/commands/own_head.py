@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 from shrinkformer.architectures.heads import BARE
 from shrinkformer.architectures.limits import max_positions
 from shrinkformer.commands.console import say
-from shrinkformer.commands.locate import class_of, embeddings_of, empty_model, find_own, load_tokenizer
+from shrinkformer.commands.locate import class_of, embeddings_of, empty_model, find_own
 from shrinkformer.commands.options import EncoderOptions
 from shrinkformer.commands.session import Job
+from shrinkformer.commands.tokenizers import load_tokenizer
 from shrinkformer.dataset.batches import as_batches
 from shrinkformer.dataset.own_texts import masked, read_own_texts
 from shrinkformer.evaluate.agreement import compare

@@ -8,20 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures.limits import max_positions
-from shrinkformer.commands.locate import (
-    Source,
-    embeddings_of,
-    find_model,
-    load_tokenizer,
-    model_class,
-    require_fitting_tokens,
-    require_label_names,
-)
+from shrinkformer.commands.locate import Source, embeddings_of, find_model, model_class, require_label_names
 from shrinkformer.commands.main import prune_bert as main
 from shrinkformer.commands.options import BUNDLED_MODEL, EncoderOptions
 from shrinkformer.commands.own_head import read_own_job
 from shrinkformer.commands.samples import read_or_sample
 from shrinkformer.commands.session import Job
+from shrinkformer.commands.tokenizers import load_tokenizer, require_fitting_tokens
 from shrinkformer.dataset.calibration import sample_calibration
 from shrinkformer.dataset.encoding import Encoded, encode, padded_batches
 from shrinkformer.dataset.loading import evaluation_splits, load_examples, load_split

@@ -9,17 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures.limits import max_positions
-from shrinkformer.commands.locate import (
-    Source,
-    find_decoder,
-    load_tokenizer,
-    model_class,
-    require_fitting_tokens,
-)
+from shrinkformer.commands.locate import Source, find_decoder, model_class
 from shrinkformer.commands.main import prune_opt as main
 from shrinkformer.commands.options import BUNDLED_DECODER, DecoderOptions, torch_dtype
 from shrinkformer.commands.samples import read_or_sample
 from shrinkformer.commands.session import Evaluate, Job
+from shrinkformer.commands.tokenizers import load_tokenizer, require_fitting_tokens
 from shrinkformer.dataset.corpora import calibration_windows, evaluation_windows, read_own_text, windows_of
 from shrinkformer.dataset.corpus import CORPORA, get_corpus
 from shrinkformer.errors import InputError
