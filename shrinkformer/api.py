@@ -138,7 +138,7 @@ def evaluate(
             ``c4-new``.
         data_dir: Folder with data sets in the hub's column names; otherwise the hub is asked.
         bundled_data: Use the small samples in the package where ``data_dir`` has nothing.
-        batch_size: Examples per forward pass; changes speed and memory, not results.
+        batch_size: Examples per forward pass; changes speed and memory, results by no more than rounding.
 
     Returns:
         Metrics by the task's own names, and ``<name>_stderr`` for their standard errors.
