@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shrinkformer.dataset.corpus import Corpus
+from shrinkformer.dataset.corpus import Corpus, get_corpus  # noqa: F401 - scripts of others look for it here
 from shrinkformer.dataset.files import read_file, read_texts
 from shrinkformer.dataset.loading import SAMPLES
 from shrinkformer.errors import DataError, InputError, MissingDataError
