@@ -226,7 +226,7 @@ def holds_weights(source: Source) -> bool:
 
 
 def require_weight_files(source: Source) -> None:
-    """Raise :class:`InputError` for a folder without weights that torch reads; a dry run needs none."""
+    """Raise :class:`InputError` for a folder without weights that torch reads."""
     if not holds_weights(source):
         names = ", ".join(WEIGHT_FILES)
         raise InputError(f"--model_name {source.name}: {source.location} holds no weights ({names}); download them.")
