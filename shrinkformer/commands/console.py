@@ -52,7 +52,9 @@ def run_command(main: Main, arguments: Sequence[str] | None, prog: str) -> int:
     except (OSError, SafetensorError) as error:  # a full disk, a folder that vanished
         return _fail(prog, error, 1)
     except KeyboardInterrupt:
-        return _fail(prog, "interrupted; what was written so far stays.", 130)
+        return _fail(
+            prog, "interrupted; what was written so far stays; prune and quantize take it up with --resume.", 130
+        )
     except Exception as error:
         return _fail(prog, _unforeseen(error), 1)
     return 0

@@ -202,6 +202,8 @@ def _locate(model_name: str, folders: Sequence[Path], bundled: Path | None, on_h
                     f"wrote it; write it anew: SentenceTransformer({str(folder)!r}).save('NEW FOLDER')."
                 )
             raise InputError(f"{flag} {model_name}: the folder {folder} has no config.json; it is not a checkpoint.")
+    if bundled is None and Path(model_name).is_absolute():
+        raise InputError(f"{flag} {model_name}: no such folder.")
     return str(bundled) if bundled else on_hub
 
 

@@ -110,7 +110,7 @@ class Run:
             "schema": SCHEMA,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **({"run": self.run_id} if self.run_id else {}),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join([_program(), *sys.argv[1:]]),
             "model_name": self.model_name,
             "task_name": self.task_name,
             "method": self.method,
@@ -246,3 +246,9 @@ def write_report(run: Run, stem: Path) -> Path:
     if page is not None:
         write_atomically(stem.with_name(f"{stem.name}.html"), page)
     return path
+
+
+def _program() -> str:
+    """The command of this process, as somebody would type it."""
+    name = Path(sys.argv[0]).name
+    return "shrinkformer" if name == "__main__.py" else name
