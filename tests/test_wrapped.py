@@ -8,9 +8,9 @@ import peft
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import nn
-from transformers import TextClassificationPipeline
+from transformers import AutoModel, TextClassificationPipeline
 
 import shrinkformer
 from shrinkformer.architectures.wrapped import unwrap
@@ -133,3 +133,69 @@ def test_evaluate_unwraps(folders: dict[str, str], tmp_path: Path) -> None:
 
     encoder = SentenceTransformer(modules=[Transformer(folders["Model"]), Pooling(32)])
     assert "spearmanr" in evaluate(encoder, encoder.tokenizer, "similarity", bundled_data=True)
+
+
+@pytest.mark.parametrize("mode", ["cls", "max"])
+def test_save_a_sentence_transformer(folders: dict[str, str], tmp_path: Path, mode: str) -> None:
+    """The modules in memory are saved; those of the folder that its model came from are not taken for them."""
+    source = tmp_path / "source"
+    SentenceTransformer(modules=[Transformer(folders["Model"]), Pooling(32, "mean"), Normalize()]).save(str(source))
+    encoder = SentenceTransformer(modules=[Transformer(str(source), max_seq_length=6), Pooling(32, mode)], device="cpu")
+    plan = shrinkformer.prune_(encoder, TEXTS, STAT)
+    inner, small = encoder[0].auto_model, tmp_path / "small"
+    for settings in ({}, {"sentence_encoder": True}, {"extras_from": str(source)}):
+        with pytest.raises(InputError, match=rf"{mode} pooling.*mean pooling, normalize.*save\(encoder"):
+            shrinkformer.save(inner, small, plan=plan, tokenizer=encoder.tokenizer, **settings)
+    assert not small.exists()
+    (source / "LICENSE").write_text("free")
+    shrinkformer.save(encoder, small, plan=plan, card="# ours", extras_from=str(source))
+    again = SentenceTransformer(str(small), trust_remote_code=True, device="cpu")
+    assert (again.encode(TEXTS) == encoder.encode(TEXTS)).all()
+    assert again.max_seq_length == 6
+    assert len(again) == 2
+    assert [(small / name).read_text() for name in ("LICENSE", "README.md")] == ["free", "# ours"]
+    assert (small / "shrinkformer_plan.json").read_text() == plan.to_json()
+    assert parameters(shrinkformer.load(small)) == parameters(inner)
+    shrinkformer.save(again, small)  # of ours, so it is replaced
+
+
+def test_save_the_model_of_an_encoder_that_is_its_folder(folders: dict[str, str], tmp_path: Path) -> None:
+    source, small = tmp_path / "source", tmp_path / "small"
+    SentenceTransformer(modules=[Transformer(folders["Model"]), Pooling(32, "cls")]).save(str(source))
+    encoder = SentenceTransformer(str(source), device="cpu")
+    plan = shrinkformer.prune_(encoder, TEXTS, STAT)
+    shrinkformer.save(encoder[0].auto_model, small, plan=plan, tokenizer=encoder.tokenizer)
+    again = SentenceTransformer(str(small), trust_remote_code=True, device="cpu")
+    assert (again.encode(TEXTS) == encoder.encode(TEXTS)).all()
+
+
+def test_save_a_quantized_sentence_transformer(folders: dict[str, str], tmp_path: Path) -> None:
+    from shrinkformer.quantize.checkpoint import save
+
+    encoder = SentenceTransformer(modules=[Transformer(folders["Model"]), Pooling(32, "cls")], device="cpu")
+    found = shrinkformer.quantize_(encoder, TEXTS, shrinkformer.QuantizeConfig(bits=4, group_size=8))
+    save(encoder, found.weights, tmp_path / "small", format="float", dtype=torch.float32)
+    again = SentenceTransformer(str(tmp_path / "small"), device="cpu")
+    assert again[1].pooling_mode == "cls"
+    assert torch.tensor(again.encode(TEXTS)).allclose(torch.tensor(encoder.encode(TEXTS)), atol=1e-5)
+
+
+def test_save_other_wrappers(folders: dict[str, str], tmp_path: Path) -> None:
+    encoder = CrossEncoder(folders["ForSequenceClassification"], device="cpu")
+    pairs = list(zip(TEXTS, reversed(TEXTS), strict=True))
+    plan = shrinkformer.prune_(encoder, pairs, STAT)
+    shrinkformer.save(encoder, tmp_path / "cross", plan=plan)
+    again = CrossEncoder(str(tmp_path / "cross"), trust_remote_code=True, device="cpu")
+    assert (again.predict(pairs) == encoder.predict(pairs)).all()
+    pipeline = TextClassificationPipeline(model=again.model, tokenizer=build_tokenizer(), device="cpu")
+    for name, wrapper in (("pipeline", pipeline), ("parallel", nn.DataParallel(again.model))):
+        shrinkformer.save(wrapper, tmp_path / name, plan=plan)
+        assert parameters(shrinkformer.load(tmp_path / name)) == parameters(again.model)
+    assert (tmp_path / "pipeline/tokenizer.json").is_file()
+    adapted = peft.get_peft_model(
+        AutoModel.from_pretrained(folders["Model"]), peft.LoraConfig(target_modules=["query"])
+    )
+    with pytest.raises(InputError, match="merge_and_unload"):
+        shrinkformer.save(adapted, tmp_path / "adapted")
+    with pytest.raises(InputError, match="folder is a SentenceTransformer; save it first"):
+        shrinkformer.push_to_hub(SentenceTransformer(folders["Model"]), "user/smaller")

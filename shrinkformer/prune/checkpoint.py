@@ -19,6 +19,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shrinkformer.architectures import find_architecture, layer_views
+from shrinkformer.architectures.wrapped import unwrap
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.errors import CheckpointError
 from shrinkformer.prune import pruned_modeling
@@ -26,7 +27,7 @@ from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.prune.health import require_finite_weights
 from shrinkformer.prune.opening import load_pretrained, open_config
 from shrinkformer.prune.plan import Plan
-from shrinkformer.prune.side_files import add_side_files
+from shrinkformer.prune.side_files import add_side_files, save_wrapper
 from shrinkformer.prune.stock import is_stock, stock_values
 from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.utils.files import new_folder
@@ -36,37 +37,43 @@ PLAN_FILE = pruned_modeling.PLAN_FILE
 
 
 def save(
-    model: PreTrainedModel,
+    model: Any,
     directory: str | os.PathLike[str],
     *,
     plan: Plan | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
-    extras_from: Path | None = None,
+    extras_from: str | os.PathLike[str] | None = None,
     sentence_encoder: bool = False,
 ) -> Path:
     """Write a pruned model as a Hugging Face folder; all of it appears, or nothing.
 
     Args:
-        model: The model; it is also what any reader of the folder gets, to the last bit.
+        model: The model, or what holds it (:func:`~shrinkformer.architectures.wrapped.unwrap`); it is also what any
+            reader of the folder gets, to the last bit. Of a ``SentenceTransformer`` or ``CrossEncoder`` all modules.
         directory: Where to; replaced when it is an earlier checkpoint of this package.
         plan: What was kept and why, for the record.
-        tokenizer: Saved beside the model.
-        card: Text of the model card, README.md.
+        tokenizer: Saved beside the model; by default the one that a wrapper brings.
+        card: Text of the model card, README.md; without it there is none, or what sentence-transformers writes.
         extras_from: Folder of the dense model; what is not written anew is copied: what sentence-transformers needs
             (pooling), processors, other files of the tokenizer, the license.
         sentence_encoder: Write that for mean pooling where the dense model has nothing of the kind.
 
     Raises:
         CheckpointError: The folder exists and holds something else.
+        InputError: There is no model, its adapters are not merged, or it was pruned within another sentence encoder
+            than the files say that go with it.
         NumericalError: A weight is NaN or infinite.
     """
-    require_finite_weights(model, when=" of the model to be saved")
-    describe_sizes(model, plan)
+    inside = unwrap(model)
+    inner, tokenizer = inside.model, tokenizer or inside.tokenizer
+    require_finite_weights(inner, when=" of the model to be saved")
+    describe_sizes(inner, plan)
     with replacing(Path(directory)) as folder:
-        model.save_pretrained(folder)
-        complete(folder, model.config, type(model), plan=plan, card=card)
-        add_side_files(folder, model, source=extras_from, tokenizer=tokenizer, sentence_encoder=sentence_encoder)
+        save_wrapper(inside, folder)
+        inner.save_pretrained(folder)
+        complete(folder, inner.config, type(inner), plan=plan, card=card)
+        add_side_files(folder, inner, source=extras_from, tokenizer=tokenizer, sentence_encoder=sentence_encoder)
     return Path(directory)
 
 

@@ -145,6 +145,16 @@ class SentenceHead:
         words += [f"at most {self.longest} tokens"] if self.longest else []
         return ", ".join(words)
 
+    def is_like(self, other: "SentenceHead") -> bool:
+        """Whether another makes the same embeddings; a length that is not known is any length."""
+        known = self.longest is not None and other.longest is not None
+        heads = (self, other) if known else (replace(self, longest=None), replace(other, longest=None))
+        first, second = (nn.ModuleList(head.behind) for head in heads)
+        if str(heads[0]) != str(heads[1]) or str(first) != str(second):
+            return False
+        pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+        return all(torch.equal(one.cpu().float(), two.cpu().float()) for one, two in pairs)
+
     def prepare(self, text: str) -> str:
         """A text as the tokenizer gets it."""
         text = self.prompt + text

@@ -115,8 +115,8 @@ def prune_model(
     """A smaller copy of a model, in one call.
 
     Args:
-        model: Any model with an architecture record, in float32 or float64, or a wrapper around one; the copy is one of
-            the model inside.
+        model: Any model with an architecture record, in any floating-point type, or a wrapper around one; the copy is
+            one of the model inside. To change a ``SentenceTransformer`` itself, take :func:`~shrinkformer.prune_`.
         batches: Calibration examples in any form, as for :func:`calibrate`.
         mu: Fraction of the MACs that stays, in (0, 1].
         method: Name of a pruning method, one of ``METHOD_NAMES``.

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures.wrapped import Inside, unwrap
 from shrinkformer.dataset.batches import as_batches
-from shrinkformer.prune.objective import Objective, objective_of
+from shrinkformer.prune.objective import Objective, is_headless, objective_of
+from shrinkformer.prune.side_files import remember_head
 from shrinkformer.prune.statistics import Batches
 from shrinkformer.utils.inputs import padded_right, require_padding_id
 
@@ -45,7 +46,10 @@ def receive(
     inside = unwrap(model)
     require_padding_id(inside.model)
     batches = as_batches(data, inside.model, tokenizer=tokenizer or inside.tokenizer, most=most)
-    return Received(inside.model, padded_right(batches), objective or wrapped_objective(inside))
+    objective = objective or wrapped_objective(inside)
+    if inside.wrapper is not None and objective is not None and is_headless(inside.model):
+        remember_head(inside.model, objective.sentence)
+    return Received(inside.model, padded_right(batches), objective)
 
 
 def wrapped_objective(inside: Inside) -> Objective | None:

@@ -1,6 +1,7 @@
 """Prune a model that does not fit into memory: finished blocks go straight to the checkpoint."""
 
 import copy
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def prune_to_folder(
     *,
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    extras_from: Path | None = None,
+    extras_from: str | os.PathLike[str] | None = None,
 ) -> tuple[Plan, dict[str, float]]:
     """Prune a model to a budget and write it shard by shard; all of the folder appears, or nothing.
 
@@ -75,7 +76,7 @@ def _prune_to_folder(
     *,
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None,
-    extras_from: Path | None,
+    extras_from: str | os.PathLike[str] | None,
 ) -> tuple[Plan, dict[str, float]]:
     seconds: dict[str, float] = {}
     with timed(seconds, "allocation"):

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from shrinkformer.architectures.wrapped import unwrap
 from shrinkformer.errors import CheckpointError, InputError
 from shrinkformer.prune import checkpoint
 from shrinkformer.prune.opening import load_pretrained, open_config
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruned_modeling import adopt_config
 from shrinkformer.prune.shards import ShardWriter
-from shrinkformer.prune.side_files import add_side_files, read_generation_config
+from shrinkformer.prune.side_files import add_side_files, read_generation_config, save_wrapper
 from shrinkformer.prune.streamed import add_tensors, tied_weights
 from shrinkformer.quantize.formats import FLOAT, FORMATS
 from shrinkformer.quantize.grid import QuantizedWeight
@@ -35,7 +36,7 @@ _AGAIN = "download the model again, or quantize it again."
 
 
 def save(
-    model: PreTrainedModel,
+    model: Any,
     weights: Mapping[str, QuantizedWeight],
     directory: str | os.PathLike[str],
     *,
@@ -44,7 +45,7 @@ def save(
     plan: Plan | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
-    extras_from: Path | None = None,
+    extras_from: str | os.PathLike[str] | None = None,
     sentence_encoder: bool = False,
     example: Mapping[str, Tensor] | None = None,
     tied_once: bool = False,
@@ -52,7 +53,7 @@ def save(
     """Write a quantized model as a folder that others open; all of it appears, or nothing.
 
     Args:
-        model: The model, with the decoded weights.
+        model: The model, with the decoded weights, or what holds it; see :func:`shrinkformer.save`.
         weights: Its integers by path of the layer, from :func:`quantize_`.
         directory: Where to; replaced when it is an earlier checkpoint of this package.
         format: ``compressed-tensors``, ``gptq``, ``float`` (decoded, for any runtime), or ``onnx``.
@@ -67,9 +68,12 @@ def save(
             readers do not.
 
     Raises:
-        InputError: The format cannot hold what was asked for.
+        InputError: The format cannot hold what was asked for, or the model cannot be saved as
+            :func:`shrinkformer.save` says.
         CheckpointError: The folder exists and holds something else.
     """
+    inside = unwrap(model)
+    model, tokenizer = inside.model, tokenizer or inside.tokenizer
     require_format(model, format, weights)
     if format == ONNX and example is None:
         raise InputError("--format onnx is checked on an example: pass example=, a batch of model inputs.")
@@ -77,6 +81,7 @@ def save(
         tied = {name.removesuffix(".weight") for name in tied_weights(model)}
         weights = {name: weight for name, weight in weights.items() if name not in tied}
     with checkpoint.replacing(Path(directory)) as folder:
+        save_wrapper(inside, folder)
         if format == ONNX:
             assert example is not None
             linear = {name: weight for name, weight in weights.items() if not is_embedding(model, name)}

@@ -1,6 +1,7 @@
 """Quantize a model that does not fit into memory: finished blocks go straight to the checkpoint."""
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -64,7 +65,7 @@ def quantize_to_folder(
     pruning: tuple[Ranked, Budget] | None = None,
     decoded: Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    extras_from: Path | None = None,
+    extras_from: str | os.PathLike[str] | None = None,
     progress: Progress = iter,
     store: QuantizedBlocks | None = None,
 ) -> tuple[Quantized, Plan | None]:
@@ -136,7 +137,7 @@ def _quantize_to_folder(
     pruning: tuple[Ranked, Budget] | None,
     decoded: Path | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    extras_from: Path | None,
+    extras_from: str | os.PathLike[str] | None,
     progress: Progress,
 ) -> tuple[Quantized, Plan | None]:
     found, prefix, layers = Quantized({}, [], config), block_prefix(model), list[LayerPlan]()

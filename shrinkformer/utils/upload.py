@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shrinkformer.errors import CheckpointError, HubError
+from shrinkformer.errors import CheckpointError, HubError, InputError
 from shrinkformer.trust.configs import read_config
 from shrinkformer.trust.weights import weight_map
 from shrinkformer.utils.hub import one_line, require_hub
@@ -52,10 +52,15 @@ def push_to_hub(
 
     Raises:
         CheckpointError: The folder is no checkpoint, not complete, or has links to elsewhere.
-        InputError: The name is none, ``HF_HUB_OFFLINE`` is set, or there is no token.
+        InputError: The folder is a model, the name is none, ``HF_HUB_OFFLINE`` is set, or there is no token.
         HubError: The hub cannot be reached or refuses; nothing has changed there but that an empty repository may be
             new.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise InputError(
+            f"folder is a {type(folder).__name__}; save it first, shrinkformer.save(model, folder, plan=plan), and "
+            "pass the folder."
+        )
     root = Path(folder)
     names = files_to_push(root)
     require_hub("push_to_hub", repo_id, token)
