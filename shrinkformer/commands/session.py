@@ -112,7 +112,6 @@ class Session:
     calibrated: Calibrated | None = None
     dense_onnx: OnnxModel | None = None
     cards: dict[Path, Card] = field(default_factory=dict)  # of folders without figures yet
-    facts: dict[str, str] = field(default_factory=dict)  # what reports say beside figures and beside the job's
 
     @property
     def lazily(self) -> bool:
@@ -178,7 +177,7 @@ class Session:
             run_id=self.run_id,
             given=job.source.given,
             calibration_inputs=sum(len(batch["attention_mask"]) for batch in job.batches),
-            facts={**self._usual_facts(budget, found.get("plan")), **job.facts, **self.facts},
+            facts={**self._usual_facts(budget, found.get("plan")), **job.facts},
             **found,
         )
 
