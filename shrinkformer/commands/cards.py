@@ -26,8 +26,8 @@ _BETWEEN = " ± "  # a metric and its standard error
 
 PRUNED = "pruned"
 
-_PACKAGES = {"compressed-tensors": "  # pip install compressed-tensors", "gptq": "  # pip install gptqmodel optimum"}
-"""What transformers needs to read a format."""
+_PACKAGES = {"compressed-tensors": ("compressed-tensors",), "gptq": ("gptqmodel", "optimum")}
+"""Packages that transformers needs to read a format."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ class Card:
         """The first line: what it takes to open the folder."""
         if self.kind == ONNX:
             return "Opens in ONNX Runtime."
-        needs = _PACKAGES.get(self.kind, "").partition("pip install ")[2]
-        packages = f" and {' and '.join(f'`{name}`' for name in needs.split())}" if needs else ""
+        packages = "".join(f" and `{name}`" for name in _PACKAGES.get(self.kind, ()))
         if not self.custom:
             return f"Opens in transformers{packages} as it stands: its shape is that of a stock model."
         return (
@@ -139,7 +138,8 @@ class Card:
         if config is not None and config.bits_of is not None and {EMBEDDINGS, POSITIONS} & set(config.also):
             return [*blocks, "No other reader takes embeddings as integers together with several numbers of bits."]
         trust = ", trust_remote_code=True" if self.custom else ""
-        needs, auto = _PACKAGES.get(self.kind, ""), auto_class(self.architecture)
+        packages, auto = " ".join(_PACKAGES.get(self.kind, ())), auto_class(self.architecture)
+        needs = f"  # pip install {packages}" if packages else ""
         brings = ", with the classes that the folder brings:" if self.custom else ":"
         blocks += [f"Without this package{brings}"]
         blocks += [_code(f"from transformers import {auto}{needs}", f"model = {auto}.from_pretrained({where}{trust})")]
