@@ -22,7 +22,7 @@ from shrinkformer.commands.latency_report import (
     markdown_table,
     text_table,
 )
-from shrinkformer.commands.locate import Source, class_of, empty_model, find_any, generates, load_model
+from shrinkformer.commands.locate import Source, class_of, empty_model, find_any, generates, holds_weights, load_model
 from shrinkformer.commands.options import resolve_device, torch_dtype
 from shrinkformer.commands.runtimes import (
     CachedStep,
@@ -51,7 +51,6 @@ class Candidate:
         sizes: Of its blocks.
         hidden_size: Width of its residual stream.
         onnx: Its ONNX file, if it has one.
-        has_weights: Whether it can be loaded by torch.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Candidate:
     sizes: tuple[LayerSize, ...]
     hidden_size: int
     onnx: Path | None
-    has_weights: bool
 
     def macs(self, shape: tuple[int, int], step: str, options: LatencyOptions) -> float:
         """MACs of one call; for decoding steps, which see more and more tokens, of the middle one."""
@@ -101,13 +99,10 @@ def read_candidate(name: str, options: LatencyOptions) -> Candidate:
     views = layer_views(empty_model(source, class_of(source)))
     folder = Path(source.location)
     onnx = find_onnx(folder)
-    has_weights = not folder.is_dir() or any(
-        next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin")
-    )
-    if not has_weights and (onnx is None or set(options.runtime) != {ONNX}):
+    if not holds_weights(source) and (onnx is None or set(options.runtime) != {ONNX}):
         remedy = f"use --runtime {ONNX} alone" if onnx else "it is no whole checkpoint"
         raise InputError(f"DIR {name}: it holds no weights that torch loads; {remedy}.")
-    return Candidate(source.name, source, layer_sizes(views), views[0].hidden_size, onnx, has_weights)
+    return Candidate(source.name, source, layer_sizes(views), views[0].hidden_size, onnx)
 
 
 def _named(candidates: Sequence[Candidate]) -> list[Candidate]:
