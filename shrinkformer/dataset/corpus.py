@@ -86,11 +86,11 @@ _ALL = (
 )
 
 CORPORA: Mapping[str, Corpus] = MappingProxyType({corpus.name: corpus for corpus in _ALL})
-"""Every corpus by its ``--task``."""
+"""Every corpus by its ``--task_name``."""
 
 
 def get_corpus(name: str) -> Corpus:
-    """Look a corpus up by its name, the value of ``--task``.
+    """Look a corpus up by its name, the value of ``--task_name`` or ``--task``.
 
     Raises:
         InputError: there is no such corpus; the message lists those that there are.

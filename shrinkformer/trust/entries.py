@@ -61,15 +61,8 @@ _RECORDS = frozenset(
         *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_bfloat16", "auto_map"),
         *("finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id", "num_labels"),
         *("tokenizer_class", "prefix", "cls_token_id", "sep_token_id", "mask_token_id", "unk_token_id"),
-        *(
-            "pad_token",
-            "language",
-            "model_max_length",
-            "max_sequence_length",
-            "seq_length",
-            "n_ctx",
-            "max_window_layers",
-        ),
+        *("pad_token", "language", "max_window_layers"),
+        *("model_max_length", "max_sequence_length", "seq_length", "n_ctx"),
         *("is_decoder", "add_cross_attention", "tie_encoder_decoder"),  # where not read, they never were
         *("attention_bias", "mlp_bias", "qkv_bias", "use_qkv_bias", "use_bias"),  # the tensors tell
         *("gradient_checkpointing", "torchscript", "tf_legacy_loss", "keys_to_ignore_at_inference", "output_past"),
