@@ -8,11 +8,14 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from transformers import BatchEncoding, DataCollatorWithPadding
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerFast
 
 import shrinkformer
 from shrinkformer.dataset.batches import as_batches
+from shrinkformer.dataset.given import Words, pieces_of
 from shrinkformer.errors import InputError, ShrinkformerError, ShrinkformerWarning
 from tests.conftest import WORDS, build_model, build_tokenizer
 
@@ -189,6 +192,55 @@ class TestSeveralChoices:
             as_batches(PADDED, self.MODEL)
 
 
+SPLIT = [text.split() for text in TEXTS]
+NER = {"id": [str(index) for index in range(24)], "tokens": SPLIT, "ner_tags": [["O"] * len(words) for words in SPLIT]}
+IN_WORDS: dict[str, Any] = {
+    "a hub data set": lambda: datasets.Dataset.from_dict(NER),
+    "with the format of numpy": lambda: datasets.Dataset.from_dict(NER).with_format("numpy"),
+    "a DataFrame": lambda: pandas.DataFrame(NER),
+    "columns": lambda: datasets.Dataset.from_dict(NER)[:],
+    "batches of columns": lambda: datasets.Dataset.from_dict(NER).batch(5),
+    "rows": lambda: [{"words": words, "labels": ["O"]} for words in SPLIT],
+    "lists": lambda: SPLIT,
+    "tuples": lambda: [{"tokens": tuple(words)} for words in SPLIT],
+}
+
+
+@pytest.mark.parametrize("form", IN_WORDS)
+def test_a_list_of_words_is_one_example(form: str) -> None:
+    """As data for token classification holds it."""
+    wanted = as_batches(datasets.Dataset.from_dict(dict(TOKENIZER(SPLIT, is_split_into_words=True))), MODEL)
+    found = as_batches(IN_WORDS[form](), MODEL, tokenizer=TOKENIZER)
+    assert sum(len(batch["input_ids"]) for batch in found) == len(SPLIT)
+    assert all(torch.equal(*(batch["input_ids"] for batch in pair)) for pair in zip(found, wanted, strict=True))
+
+
+def test_words_of_a_loader_that_transposes_them() -> None:
+    rows = [{"tokens": ["a", "b", "c"]}, {"tokens": ["d", "e", "f"]}]
+    (piece,) = pieces_of(DataLoader(rows, batch_size=2), None)  # type: ignore[arg-type]
+    assert piece.texts == [Words(("a", "b", "c")), Words(("d", "e", "f"))]
+
+
+def test_words_of_a_byte_level_tokenizer_are_not_glued() -> None:
+    bare = Tokenizer(models.BPE(vocab={sign: at for at, sign in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    bare.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="!")
+    model = build_model(vocab_size=256)
+    found, wanted = (as_batches(given, model, tokenizer=tokenizer) for given in ([{"tokens": ["ab", "c"]}], ["ab c"]))
+    assert torch.equal(found[0]["input_ids"], wanted[0]["input_ids"])
+
+
+def test_the_text_itself_goes_before_its_words() -> None:
+    rows = [{"text": text, "tokens": ["other"]} for text in TEXTS]
+    found, wanted = (as_batches(given, MODEL, tokenizer=TOKENIZER) for given in (rows, TEXTS))
+    assert torch.equal(found[0]["input_ids"], wanted[0]["input_ids"])
+
+
+def test_texts_and_words_are_not_mixed() -> None:
+    with pytest.raises(InputError, match="mixes texts, pairs of texts and lists of words"):
+        as_batches([("a b", "c"), ["d", "e", "f"]], MODEL, tokenizer=TOKENIZER)
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "nothing": ([], "the calibration data is empty; give a few hundred"),
     "an empty generator": ((row for row in []), "the calibration data is empty"),
@@ -196,9 +248,9 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a number": (3, "the examples are a int; pass"),
     "one text": ("a text", "the examples are one text, 'a text'; pass"),
     "texts alone": (TEXTS, "holds texts; pass tokenizer="),
-    "numbers": ([1, 2, 3], "example 0 is a int; pass"),
+    "numbers": ([1, 2, 3], "example 0: found a int; pass"),
     "embeddings": ([{"input_ids": torch.rand(2, 3)}], "a Tensor of torch.float32 and shape (2, 3)"),
-    "other columns": ([{"pixel_values": torch.ones(2, 5)}], "has no input_ids and no texts, but pixel_values"),
+    "other columns": ([{"pixel_values": torch.ones(2, 5)}], "example 0: no input_ids and no texts, but pixel_values"),
     "four dimensions": ([torch.ones(2, 2, 2, 2, dtype=torch.int64)], "input_ids have 4 dimensions"),
     "a mask of pairs": (
         [{"input_ids": IDS, "attention_mask": MASK[:, None].repeat(1, 12, 1)}],
@@ -208,6 +260,12 @@ WRONG: dict[str, tuple[Any, str]] = {
     "too long": ([[5] * 90], "90 tokens in a row, and BertForSequenceClassification takes 80"),
     "splits": (datasets.DatasetDict({"train": hub_rows()}), "a dict of data sets (train); pass one"),
     "no padding": (DataLoader(ROWS, batch_size=4), "the DataLoader cannot make a batch"),  # type: ignore[arg-type]
+    "lists of what": (
+        [{"utterance": ["a", "b"]}],
+        "utterance holds a list of texts; the words of one example go under",
+    ),
+    "lists of what, in columns": (pandas.DataFrame({"utterance": [["a", "b"]]}), "utterance holds a list of texts"),
+    "a text and a list": ([{"question": "a", "context": ["b", "c"]}], "context holds a list of texts"),
     "which texts": (
         [{"first": "a", "second": "b", "third": "c"}],
         "texts in first, second, third; pass those that make an input alone",

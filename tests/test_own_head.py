@@ -10,8 +10,12 @@ import torch
 import transformers
 
 import shrinkformer
+from shrinkformer.architectures.heads import head_of
 from shrinkformer.commands.main import main
 from shrinkformer.dataset.batches import as_batches
+from shrinkformer.dataset.given import Words
+from shrinkformer.dataset.own_texts import read_own_texts
+from shrinkformer.errors import DataError
 from shrinkformer.evaluate.agreement import compare
 from shrinkformer.prune.objective import objective_of
 from tests.conftest import WORDS, build_model, build_tokenizer
@@ -46,6 +50,24 @@ def rows_file(folder: Path, head: str) -> Path:
 
 def run(command: str, *arguments: Any) -> int:
     return main([command, *map(str, arguments)])
+
+
+@pytest.mark.parametrize("name", ["tokens", "words"])
+def test_rows_of_words(name: str, tmp_path: Path) -> None:
+    """Data for token classification: a row is one example, as its text would be."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps([{"id": "0", name: text.split(), "ner_tags": ["O"]} for text in TEXTS]))
+    (tmp_path / "mine.txt").write_text("\n".join(TEXTS))
+    head = head_of("BertForTokenClassification")
+    assert head is not None
+    words, texts = (read_own_texts(path, head, size=99, seed=1) for path in (file, file.with_suffix(".txt")))
+    assert words.calibration == [Words(tuple(str(text).split())) for text in texts.calibration]
+    model, tokenizer = build_model(), build_tokenizer()
+    found, wanted = (as_batches(some.judged, model, tokenizer=tokenizer) for some in (words, texts))
+    assert torch.equal(found[0]["input_ids"], wanted[0]["input_ids"])
+    file.write_text(json.dumps([{name: ["a"]}] * 9 + [{name: None}]))
+    with pytest.raises(DataError, match=f"row 9: {name} holds None, which is no list of words"):
+        read_own_texts(file, head, size=99, seed=1)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -126,7 +148,11 @@ def test_token_types_of_a_model_that_knows_one(tmp_path: Path, capsys: pytest.Ca
             "inputs of (examples, choices, length) are not exported",
         ),
         ("ForMultipleChoice", ["--calibration_file", "{file}"], "has no column choices, options, endings"),
-        ("ForQuestionAnswering", ["--calibration_file", "{file}"], "no two columns of texts (question, context)"),
+        (
+            "ForQuestionAnswering",
+            ["--calibration_file", "{file}"],
+            "question-answering needs two columns of texts (question, context)",
+        ),
     ],
 )
 def test_refused(head: str, flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures.heads import chooses
 from shrinkformer.architectures.limits import has_position_table, max_positions
-from shrinkformer.dataset.given import INPUTS, WAYS, Piece, Text, Values, dimensions, pieces_of, shape_of
+from shrinkformer.dataset.given import INPUTS, WAYS, Piece, Text, Values, Words, dimensions, pieces_of, shape_of
 from shrinkformer.errors import InputError, ShrinkformerWarning
 from shrinkformer.utils.inputs import require_padding_id
 
@@ -30,8 +30,9 @@ def as_batches(
     Args:
         data: Token ids: a DataLoader, list, generator or other iterable of batches or of single examples, each a dict,
             ``BatchEncoding``, tuple (ids, mask, token types) or array; a single dict, tensor or DataFrame of all of
-            them; a ``datasets.Dataset``. Or texts and pairs of texts in any of these. Padded or not, with a mask or
-            not; labels and other columns are not looked at.
+            them; a ``datasets.Dataset``. Or texts, pairs of texts, or lists of words (a column ``tokens`` or ``words``,
+            or lists of which not all have two) in any of these. Padded or not, with a mask or not; labels and other
+            columns are not looked at.
         model: That they are for. One that answers by choosing takes examples of several choices each.
         tokenizer: For texts.
         most: Examples to take at most, the first ones.
@@ -240,22 +241,41 @@ def _row(example: Mapping[str, Values], name: str, length: int, fill: int) -> Te
 
 
 def _encode(texts: Sequence[Any], tokenizer: Any, model: PreTrainedModel) -> list[dict[str, Values]]:
-    """Texts and pairs of texts, cut where the model, the tokenizer or :data:`LONGEST_TEXT` ends."""
+    """Texts, pairs of texts and lists of words, cut where the model, the tokenizer or :data:`LONGEST_TEXT` ends."""
     limit = min(LONGEST_TEXT, int(tokenizer.model_max_length), max_positions(model.config))
-    pairs = [isinstance(text, list | tuple) for text in texts]
-    if any(pairs) and not (all(pairs) and all(len(text) == 2 for text in texts)):
-        raise InputError("the calibration data mixes single texts, pairs or longer lists; give one kind.")
-    columns = [[str(text[place]) for text in texts] for place in range(2)] if any(pairs) else [list(texts)]
-    whole = tokenizer(*columns, padding=False, truncation=False, verbose=False)
+    columns, split = _columns(texts, tokenizer)
+    whole = tokenizer(*columns, padding=False, truncation=False, verbose=False, is_split_into_words=split)
     cut = sum(len(ids) > limit for ids in whole["input_ids"])
     if cut:
         _warn(f"{cut} of {len(texts)} texts have more than {limit} tokens, and are cut there")
-        whole = tokenizer(*columns, padding=False, truncation=True, max_length=limit)
+        whole = tokenizer(*columns, padding=False, truncation=True, max_length=limit, is_split_into_words=split)
     names = [name for name in INPUTS if name in whole]
     return [
         {name: torch.tensor(values, dtype=torch.int64) for name, values in zip(names, row, strict=True)}
         for row in zip(*(whole[name] for name in names), strict=True)
     ]
+
+
+def _columns(texts: Sequence[Any], tokenizer: Any) -> tuple[list[list[Any]], bool]:
+    """What a tokenizer gets: texts, both sides of pairs, or lists of words; and whether it is the last.
+
+    Lists of two texts each are pairs, lists of any other lengths the words of one example each.
+
+    Raises:
+        InputError: Some are this and some are that.
+    """
+    lists = [isinstance(text, list | tuple) for text in texts]
+    if all(lists) and all(len(text) == 2 for text in texts):
+        return [[str(text[place]) for text in texts] for place in range(2)], False
+    if all(lists) and not any(isinstance(text, tuple) and len(text) == 2 for text in texts):
+        texts = [Words(tuple(text)) for text in texts]
+    split = [isinstance(text, Words) for text in texts]
+    if all(split):
+        before = "" if getattr(tokenizer, "add_prefix_space", True) else " "  # else words of byte-level ones are glued
+        return [[[before * (place > 0) + word for place, word in enumerate(text.words)] for text in texts]], True
+    if any(lists) or any(split):
+        raise InputError("the calibration data mixes texts, pairs of texts and lists of words; give one kind.")
+    return [list(texts)], False
 
 
 def _known_types(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:

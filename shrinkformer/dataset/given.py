@@ -21,8 +21,19 @@ WAYS = (
     "docs/python.md lists all forms"
 )
 
-Text = str | tuple[str, str] | list[Any]
-"""A text, a pair of them, or a list of either: one for each choice."""
+WORDS = ("tokens", "words")
+"""Names of a column that holds the words of an example, as data for token classification does."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """One text that somebody has split into words."""
+
+    words: tuple[str, ...]
+
+
+Text = str | Words | tuple[str, str] | list[Any]
+"""A text, whole or in words, a pair of them, or a list of either: one for each choice."""
 
 Values = Tensor | list[Any]
 """Integers: a tensor, or nested lists of tensors of several lengths."""
@@ -61,11 +72,12 @@ def pieces_of(data: Any, pad_id: int | None) -> Iterator[Piece]:
     if isinstance(data, str | bytes) or data is None or not isinstance(data, Iterable | Mapping):
         data = _indexed(data)
     if hasattr(data, "iloc") and hasattr(data, "columns"):  # a DataFrame; of its own it gives names of columns
-        data = {str(name): list(data[name]) for name in data.columns}
+        names = list(map(str, data.columns))
+        data = (dict(zip(names, row, strict=True)) for row in data.itertuples(index=False, name=None))
     if isinstance(data, Mapping):
         if data and all(hasattr(value, "column_names") for value in data.values()):
             raise InputError(f"the examples are a dict of data sets ({', '.join(map(str, data))}); pass one of them.")
-        yield replace(_piece(data, "the examples", pad_id), several=True)
+        yield replace(_piece(data, "the examples", pad_id, batch=True), several=True)
         return
     if isinstance(data, Tensor | np.ndarray) and data.ndim > 1:
         yield replace(_piece(data, "the examples", pad_id), several=True)
@@ -107,7 +119,7 @@ def _items(data: Iterable[Any]) -> Iterator[Any]:
 def _collated(item: Any) -> Any:
     """Undo what torch's own collation makes of lists: one tensor for each position instead of one for each example."""
     if isinstance(item, Mapping):
-        return {name: _stacked(value) for name, value in item.items()}
+        return {name: _stacked(value, words=name in WORDS) for name, value in item.items()}
     if isinstance(item, list) and item and all(isinstance(part, tuple | list) for part in item):
         columns = [list(part) for part in item]
         if all(isinstance(text, str) for column in columns for text in column):
@@ -115,7 +127,9 @@ def _collated(item: Any) -> Any:
     return item
 
 
-def _stacked(value: Any) -> Any:
+def _stacked(value: Any, *, words: bool = False) -> Any:
+    if words and isinstance(value, list) and all(isinstance(part, tuple) for part in value):
+        return list(zip(*value, strict=True))
     if isinstance(value, list) and value and not isinstance(value[0], str):
         parts = [_stacked(part) for part in value]
         if all(isinstance(part, Tensor) for part in parts):
@@ -128,7 +142,7 @@ def _piece(item: Any, where: str, pad_id: int | None, *, batch: bool = False) ->
     if isinstance(item, tuple | list) and item and isinstance(item[0], Mapping) and not isinstance(item, list):
         item = item[0]  # (inputs, labels)
     if isinstance(item, Mapping):
-        return _of_names(item, where)
+        return _of_names(item, where, batch=batch)
     texts = _texts(item, batch=batch)
     if texts is not None:
         return Piece(texts=texts)
@@ -137,7 +151,7 @@ def _piece(item: Any, where: str, pad_id: int | None, *, batch: bool = False) ->
             return Piece(_by_position([integers(part) for part in item], pad_id, where))
         return Piece({"input_ids": integers(item)})
     except _NoNumbersError:
-        raise InputError(f"{where} is {described(item)}; {WAYS}.") from None
+        raise InputError(f"{where}: found {described(item)}; {WAYS}.") from None
 
 
 def _is_matrix(value: Any) -> bool:
@@ -145,8 +159,8 @@ def _is_matrix(value: Any) -> bool:
 
 
 def _texts(item: Any, *, batch: bool) -> list[Text] | None:
-    """The texts of an item; a list of two is a pair, unless a loader made it."""
-    if isinstance(item, str):
+    """The texts of an item; a list of several is one example, unless a loader made it."""
+    if isinstance(item, str | Words):
         return [item]
     if isinstance(item, np.ndarray) and item.dtype.kind in "UO":
         item = item.tolist()
@@ -154,7 +168,7 @@ def _texts(item: Any, *, batch: bool) -> list[Text] | None:
         return None
     if batch:
         return list(item)
-    return [tuple(item) if len(item) == 2 and all(isinstance(part, str) for part in item) else list(item)]
+    return [tuple(item) if isinstance(item, tuple) and len(item) == 2 else list(item)]
 
 
 def _is_text(value: Any) -> bool:
@@ -163,25 +177,62 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or several
 
 
-def _of_names(item: Mapping[str, Any], where: str) -> Piece:
+def _of_names(item: Mapping[str, Any], where: str, *, batch: bool) -> Piece:
     """A batch or example with names."""
     if "input_ids" in item:
         try:
             columns = {name: integers(item[name]) for name in INPUTS if item.get(name) is not None}
         except _NoNumbersError:
             shown = {name: described(item[name]) for name in INPUTS if name in item}
-            raise InputError(f"{where} has {shown}, which are no integers; {WAYS}.") from None
+            raise InputError(f"{where}: {shown}, which are no integers; {WAYS}.") from None
         return Piece(columns)
-    columns_of_text = text_columns({name: value for name, value in item.items() if _holds_texts(value)})
+    found = {name: value for name, value in item.items() if _holds_texts(value)}
+    words = word_column(item)
+    if words is not None:
+        return Piece(texts=_split(item[words]))
+    columns_of_text = text_columns(found)
     if not columns_of_text:
-        raise InputError(f"{where} has no input_ids and no texts, but {shortened(', '.join(map(str, item)))}; {WAYS}.")
+        raise InputError(f"{where}: no input_ids and no texts, but {shortened(', '.join(map(str, item)))}; {WAYS}.")
     values = [item[name] for name in columns_of_text]
-    rows = list(zip(*values, strict=True)) if not isinstance(values[0], str) else [tuple(values)]
+    lists = [name for name, value in zip(columns_of_text, values, strict=True) if not isinstance(value, str)]
+    if lists and not batch and (len(lists) < len(values) or _known_columns(found) is None):
+        raise InputError(
+            f"{where}: {lists[0]} holds a list of texts; the words of one example go under {' or '.join(WORDS)}, one "
+            "text for each example under text."
+        )
+    rows = list(zip(*values, strict=True)) if lists else [tuple(values)]
     return Piece(texts=[row[0] if len(row) == 1 else (row[0], row[1]) for row in rows])
 
 
+def word_column(item: Mapping[str, Any]) -> str | None:
+    """The column with the words of an example, or of each of several; None where the text itself stands beside it."""
+    if _known_columns(name for name, value in item.items() if _holds_texts(value)) is not None:
+        return None
+    for name in WORDS:
+        value = _listed(item.get(name))
+        if isinstance(value, list | tuple) and value and all(_is_text(part) or _are_words(part) for part in value):
+            return name
+    return None
+
+
+def _split(value: Any) -> list[Text]:
+    """The words of one example, or of several."""
+    rows = _listed(value)
+    one = all(isinstance(word, str) for word in rows)
+    return [Words(tuple(_listed(row))) for row in ([rows] if one else rows)]
+
+
+def _are_words(value: Any) -> bool:
+    value = _listed(value)
+    return isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 def _holds_texts(value: Any) -> bool:
-    return _is_text(value.tolist() if isinstance(value, np.ndarray) else value)
+    return _is_text(_listed(value))
 
 
 def text_columns(item: Mapping[str, Any]) -> tuple[str, ...]:
@@ -191,17 +242,23 @@ def text_columns(item: Mapping[str, Any]) -> tuple[str, ...]:
         InputError: There are more.
     """
     names = tuple(name for name in item if name not in {"label", "labels", "id", "idx", "guid"})
-    of_tasks = sorted((task.columns for task in TASKS.values()), key=len, reverse=True)
-    known = [("text", "text_pair"), *of_tasks, ("text",)]
-    for columns in known:
-        if set(columns) <= set(names):
-            return columns
+    known = _known_columns(names)
+    if known is not None:
+        return known
     if len(names) > 2:
         raise InputError(
             f"the examples have texts in {', '.join(names)}; pass those that make an input alone, such as "
             f"dataset.select_columns({list(names[:2])})."
         )
     return names
+
+
+def _known_columns(names: Iterable[str]) -> tuple[str, ...] | None:
+    """Those of a known task."""
+    given = set(names)
+    of_tasks = sorted((task.columns for task in TASKS.values()), key=len, reverse=True)
+    known = [("text", "text_pair"), *of_tasks, ("text",)]
+    return next((columns for columns in known if set(columns) <= given), None)
 
 
 def _by_position(parts: list[Values], pad_id: int | None, where: str) -> dict[str, Values]:

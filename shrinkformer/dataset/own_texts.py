@@ -11,10 +11,11 @@ from torch import Tensor
 from shrinkformer.architectures.heads import Head
 from shrinkformer.dataset.calibration import sample_indices
 from shrinkformer.dataset.files import read_file, read_lines, read_text
-from shrinkformer.dataset.given import Text, text_columns
+from shrinkformer.dataset.given import WORDS, Text, Words, text_columns, word_column
 from shrinkformer.dataset.loading import load_split
 from shrinkformer.dataset.tasks import get_task
 from shrinkformer.errors import DataError, InputError
+from shrinkformer.trust.foreign import shortened
 
 PAIRED = ("question-answering", "multiple-choice")
 """Heads whose inputs are two texts, whatever they were trained on."""
@@ -76,13 +77,20 @@ def _of_file(path: Path, head: Head) -> list[Text]:
             f"{path} has no column {', '.join(CHOICE_COLUMNS)} with a list of texts, which a multiple choice model "
             f"needs beside a prompt (found: {', '.join(first)})"
         )
+    words = word_column(first)
+    if words is not None and head.task not in PAIRED:
+        return _of_words(rows[words][:], words, path)
     try:
         columns = text_columns({name: value for name, value in first.items() if isinstance(value, str)})
     except InputError as error:
         raise DataError(f"{path}: {error}") from None
     if not columns or (head.task == "question-answering" and len(columns) < 2):
-        need = "two columns of texts (question, context)" if head.task == "question-answering" else "a column of texts"
-        raise DataError(f"{path} has no {need} (found: {', '.join(first)}); {head.task} needs them")
+        need = (
+            "two columns of texts (question, context)"
+            if head.task == "question-answering"
+            else f"a column of texts, or one of lists of words ({' or '.join(WORDS)})"
+        )
+        raise DataError(f"{path}: {head.task} needs {need} (found: {', '.join(first)})")
     texts: list[Text] = []
     for number, row in enumerate(rows):
         parts = [row[name] for name in columns]
@@ -92,6 +100,14 @@ def _of_file(path: Path, head: Head) -> list[Text]:
         own: Text = parts[0] if len(parts) == 1 else (parts[0], parts[1])
         texts.append([(prompt, choice) for choice in _choices(row[choices], path, number)] if choices else own)
     return texts
+
+
+def _of_words(rows: Sequence[Any], name: str, path: Path) -> list[Text]:
+    """Each row one example in words."""
+    for number, row in enumerate(rows):
+        if not isinstance(row, list) or not all(isinstance(word, str) for word in row):
+            raise DataError(f"{path}, row {number}: {name} holds {shortened(repr(row))}, which is no list of words")
+    return [Words(tuple(row)) for row in rows]
 
 
 def _choices(value: Any, path: Path, number: int) -> list[str]:
