@@ -215,6 +215,11 @@ def test_a_list_of_words_is_one_example(form: str) -> None:
     assert all(torch.equal(*(batch["input_ids"] for batch in pair)) for pair in zip(found, wanted, strict=True))
 
 
+def test_examples_without_words() -> None:
+    found = as_batches([{"tokens": []}, {"tokens": ["dog"]}], MODEL, tokenizer=TOKENIZER)
+    assert found[0]["attention_mask"].sum(1).tolist() == [3, 2]
+
+
 def test_words_of_a_loader_that_transposes_them() -> None:
     rows = [{"tokens": ["a", "b", "c"]}, {"tokens": ["d", "e", "f"]}]
     (piece,) = pieces_of(DataLoader(rows, batch_size=2), None)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import pytest
 from shrinkformer.commands import prune_opt, quantize_opt, running
 from shrinkformer.commands.quantize_options import DecoderQuantizeOptions
 from shrinkformer.errors import InputError
+from shrinkformer.prune import latency_table
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.planned import planned_bytes, planned_layers, require_formats
 from shrinkformer.quantize.quantizer import quantize_
@@ -65,6 +66,18 @@ def test_formats_are_asked_first(
     usual = {"hidden_size": 64, "intermediate_size": 128} | ({"word_embed_proj_dim": 64} if family == "opt" else {})
     checkpoint(tmp_path / "mine", family, **(usual | sizes))
     assert message in refuse(quantize_opt.main, *("--group_size 32 " + arguments).split())
+
+
+def test_times_are_asked_for_on_inputs_that_the_model_takes(tmp_path: Path, refuse: Any) -> None:
+    checkpoint(tmp_path / "mine")
+    flags = ("--method", "shrink", "--mu", "0.6", "--budget", "latency")
+    message = "--latency_shape 8 128: the model takes 80 tokens; pass --latency_shape 8 80."
+    assert message in refuse(prune_opt.main, *flags)
+    rotary, table = build_model("llama"), build_model("bert")
+    latency_table.require_shape(rotary, (8, 128))
+    latency_table.require_shape(table, (8, 80))
+    with pytest.raises(InputError, match="--latency_shape 8 81: the model takes 80 tokens"):
+        latency_table.require_shape(table, (8, 81))
 
 
 def test_one_size_for_all_may_be_smaller_than_what_was_asked_for() -> None:

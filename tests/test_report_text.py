@@ -136,7 +136,7 @@ class TestHeadings:
 
     def test_asked_and_done(self) -> None:
         run = a_run(calibration_inputs=15, facts={"pooling": "cls", "weights": "float32"})
-        assert "mu 0.5 (0.4950 of the MACs kept), seed 0, 16 examples (15 inputs, 4,096 tokens)" in run.table()
+        assert "mu 0.5 (0.4950 of the MACs kept), seed 0, 15 examples (4,096 tokens)" in run.table()
         assert "  pooling: cls; weights: float32" in run.table().splitlines()
         record = run.to_dict()
         assert (record["facts"], record["calibration_inputs"]) == ({"pooling": "cls", "weights": "float32"}, 15)

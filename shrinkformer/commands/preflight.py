@@ -16,6 +16,7 @@ from shrinkformer.prune.allocation import require_feasible
 from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import may_be_replaced
 from shrinkformer.prune.counted import require_counted
+from shrinkformer.prune.latency_table import require_shape
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,16 @@ def preflight(
         checks: Of this kind of run.
 
     Raises:
-        InputError: There are no weights, blocks compute more than is counted, a folder holds something else, or
-            something cannot come out.
+        InputError: There are no weights, blocks compute more than is counted, times are asked for on longer inputs than
+            the model takes, a folder holds something else, or something cannot come out.
         BudgetError: A budget is below what every block must keep.
     """
     require_weight_files(job.source)
     if options.calibrates:
         with as_input_error(job.source):
             require_counted(model)
+    if options.budget == "latency":
+        require_shape(model, options.latency_shape)
     costs = [CostModel.of(layer_views(model), budget) for budget in budgets]
     for each in costs:
         if options.budget == "macs":  # time is not known yet

@@ -54,11 +54,10 @@ def mu_in_words(run: "Run") -> str:
 
 
 def calibration_of(run: "Run") -> str:
-    """Examples that were asked for and, where that says something else, what was used."""
+    """What was used, which may be less than was asked for."""
     if not run.calibration_tokens:
         return "no calibration"
-    inputs = "" if run.calibration_inputs == run.sample_batch_size else f"{run.calibration_inputs:,} inputs, "
-    return f"{run.sample_batch_size:,} examples ({inputs}{run.calibration_tokens:,} tokens)"
+    return f"{run.calibration_inputs:,} examples ({run.calibration_tokens:,} tokens)"
 
 
 def _figure_rows(run: "Run") -> list[list[str]]:

@@ -210,7 +210,7 @@ def word_column(item: Mapping[str, Any]) -> str | None:
         return None
     for name in WORDS:
         value = _listed(item.get(name))
-        if isinstance(value, list | tuple) and value and all(_is_text(part) or _are_words(part) for part in value):
+        if isinstance(value, list | tuple) and all(_is_text(part) or _are_words(part) for part in value):
             return name
     return None
 

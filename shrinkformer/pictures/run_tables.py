@@ -104,12 +104,12 @@ def provenance(run: RunRecord) -> list[tuple[str, object]]:
 
 
 def _calibration(run: RunRecord) -> str:
-    """Examples that were asked for, and what was used."""
+    """What was used; records of earlier versions tell only how many examples were asked for."""
     inputs, tokens = (shown(number(run.fields.get(f"calibration_{name}")), ",.0f") for name in ("inputs", "tokens"))
     if number(run.fields.get("calibration_tokens")) == 0:
         return "none was used"
-    used = f", {inputs} inputs" if "calibration_inputs" in run.fields else ""
-    return f"{run.word('sample_batch_size')} examples{used}, {tokens} tokens"
+    used = inputs if "calibration_inputs" in run.fields else run.word("sample_batch_size")
+    return f"{used} examples, {tokens} tokens"
 
 
 def _pairs(section: Any, between: str) -> str:

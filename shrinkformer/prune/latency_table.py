@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shrinkformer.architectures import LayerView, layer_views
+from shrinkformer.architectures.limits import has_position_table, max_positions
 from shrinkformer.efficiency.latency import random_batch, time_in_turns
 from shrinkformer.efficiency.macs import LayerSize
 from shrinkformer.errors import BudgetError, InputError
@@ -29,6 +30,20 @@ if TYPE_CHECKING:
 _SHARES = (0.02, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 _HEAD_SHARES = (0.08, 0.25, 0.5, 0.75, 1.0)
 _WIDTH_SHARES = (0.125, 0.5, 1.0)
+
+
+def require_shape(model: PreTrainedModel, shape: tuple[int, ...]) -> None:
+    """Check that a model can be timed on inputs of some shape, examples and tokens.
+
+    Raises:
+        InputError: It is empty, or has more tokens than the model has positions.
+    """
+    shown = f"--latency_shape {shape[0]} {shape[1]}"
+    if min(shape) < 1:
+        raise InputError(f"{shown}: examples and tokens must be positive.")
+    positions = max_positions(model.config)
+    if shape[1] > positions and has_position_table(model.config):
+        raise InputError(f"{shown}: the model takes {positions} tokens; pass --latency_shape {shape[0]} {positions}.")
 
 
 @dataclass(frozen=True)
@@ -74,10 +89,9 @@ class LatencyTable:
             seed: Of the token ids.
 
         Raises:
-            InputError: The shape is empty.
+            InputError: The shape is empty, or longer than the model.
         """
-        if min(shape) < 1:
-            raise InputError(f"--latency_shape {shape[0]} {shape[1]}: examples and tokens must be positive.")
+        require_shape(model, shape)
         view = layer_views(model)[0]
         full = layer_sizes([view])[0]
         widths = {name: _grid(getattr(full, name), _WIDTH_SHARES if name in narrow else (1.0,)) for name in _WIDTHS}
