@@ -11,7 +11,7 @@ from shrinkformer.architectures import layer_views
 from shrinkformer.commands.locate import Source, require_weight_files
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.session import Job
-from shrinkformer.errors import InputError, UnsupportedModelError
+from shrinkformer.errors import BudgetError, InputError, UnsupportedModelError
 from shrinkformer.prune.allocation import require_feasible
 from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import may_be_replaced
@@ -48,8 +48,8 @@ def preflight(
 
     Raises:
         InputError: There are no weights, blocks compute more than is counted, times are asked for on longer inputs than
-            the model takes, a folder holds something else, or something cannot come out.
-        BudgetError: A budget is below what every block must keep.
+            the model takes, a folder holds something else, something cannot come out, or a budget is below what every
+            block must keep.
     """
     require_weight_files(job.source)
     if options.calibrates:
@@ -60,7 +60,7 @@ def preflight(
     costs = [CostModel.of(layer_views(model), budget) for budget in budgets]
     for each in costs:
         if options.budget == "macs":  # time is not known yet
-            require_feasible(each)
+            _require_affordable(each)
     checks.shapes(job, model, costs)
     for each in costs:
         for folder in checks.targets(job, model, each):
@@ -69,6 +69,13 @@ def preflight(
                 raise InputError(
                     f"{flag}: {folder} exists and holds something else than our checkpoints; choose another folder."
                 )
+
+
+def _require_affordable(costs: CostModel) -> None:
+    try:
+        require_feasible(costs)
+    except BudgetError as error:  # of a run it would be a failure, here it is a wrong number
+        raise InputError(str(error)) from None
 
 
 @contextmanager
