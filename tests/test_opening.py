@@ -25,6 +25,15 @@ from tests.conftest import FAMILIES, build_model, make_batches
 
 State = dict[str, Tensor]
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
 
 def checkpoint(
     folder: Path,
@@ -66,6 +75,16 @@ class TestEntries:
             ("llama", "sliding_window", 16),
             ("qwen2", "is_causal", False),
             ("llama", "quantization", {"group_size": 64, "bits": 4}),
+            ("bert", "position_embedding_type", "rope"),
+            ("gpt2", "position_embedding_type", "rotary"),
+            ("bert", "rotary_value", True),
+            ("gpt2", "rope_scaling", {"type": "linear", "factor": 2.0}),
+            ("opt", "rope_theta", 1e4),
+            ("opt", "rotary_pct", 0.25),
+            ("llama", "partial_rotary_factor", 0.5),
+            ("mistral", "rope_interleaved", True),
+            ("qwen2", "rope_ratio", 8),
+            ("llama", "rope_position_offset", 4),
         ],
     )
     def test_what_transformers_would_forget_is_refused(
@@ -84,6 +103,14 @@ class TestEntries:
             ),
             ("distilbert", {"tie_weights_": True, "output_past": True, "is_decoder": False, "seed_dropout": 0.1}),
             ("llama", {"attention_multiplier": None, "residual_multiplier": 1.0, "rope_theta": 1e4, "min_length": 3}),
+            ("llama", {"rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": ...}),
+            ("llama", {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": ...}),
+            ("mistral", {"rope_theta": 1e6, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+            ("qwen2", {"rope_theta": 1e6, "rope_scaling": YARN, "rope_parameters": ..., "use_mrope": False}),
+            ("qwen3", {"rope_theta": 1e6, "rope_scaling": None, "rope_parameters": ...}),
+            ("llama", {"rope_interleaved": False, "rope_ratio": 1.0, "partial_rotary_factor": 1.0, "mixer": None}),
+            ("phi", {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_scaling": None, "rope_parameters": ...}),
+            ("bert", {"rotary_value": False, "rope_scaling": None, "mixers": []}),
             ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 10000, "position_embedding_type": "rotary"}),
             ("llama", {"sliding_window": 80}),  # as many as there are positions
             ("gpt_neox", {"sliding_window": 16, "use_sliding_window": False}),

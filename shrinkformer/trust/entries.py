@@ -14,7 +14,6 @@ from typing import Any
 
 import transformers
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.modeling_rope_utils import RotaryEmbeddingConfigMixin
 
 from shrinkformer.errors import CheckpointError, ShrinkformerWarning
 from shrinkformer.trust.foreign import shortened
@@ -80,6 +79,12 @@ _OF_TRAINING = re.compile(r"(^_|dropout|pdrop|^init|_init$|loss|^unsloth|^wandb|
 
 _OF_ROTATION = re.compile(r"^(rope_|rotary_|partial_rotary)")
 
+_NO_ROTATION = ((*_OFF, 1, "default"), "positions would be of another kind")
+"""The same as in :data:`COMPUTING` for names of this form."""
+
+_OF_ALL_ROTARY = ("rope_parameters", "rope_scaling", "rope_theta")
+"""What ``PreTrainedConfig`` reads for every family that rotates."""
+
 
 def require_known_entries(raw: Mapping[str, Any], kind: type[PreTrainedConfig], file: Path) -> None:
     """Check that a class of transformers takes all that a configuration says.
@@ -97,13 +102,13 @@ def require_known_entries(raw: Mapping[str, Any], kind: type[PreTrainedConfig], 
     """
     unread = {name: raw[name] for name in sorted(raw.keys() - _declared(kind)) if not _is_read(name, kind)}
     for name, value in unread.items():
-        neutral, meaning = COMPUTING.get(name, (None, ""))
-        if neutral is not None and value not in neutral and not _is_usual(name, raw, kind):
+        if not _is_neutral(name, value) and not _is_usual(name, raw, kind):
+            meaning = _meaning(name)[1]
             raise CheckpointError(
                 f"{file}: {name} is {shortened(repr(value))}, which transformers {transformers.__version__} does not "
                 f"read for {kind.model_type!r} ({meaning}): another model would be built; use a checkpoint without it."
             )
-    strange = [name for name in unread if not _is_record(name)]
+    strange = [name for name, value in unread.items() if value not in _OFF and not _is_record(name)]
     if strange:
         shown = shortened(", ".join(f"{name}: {unread[name]!r}" for name in strange))
         warnings.warn(
@@ -122,16 +127,38 @@ def _declared(kind: type[PreTrainedConfig]) -> set[str]:
 
 def _is_read(name: str, kind: type[PreTrainedConfig]) -> bool:
     """Whether the family's code in transformers looks at an entry that its configuration does not declare."""
+    code, word = _code_of(kind, "modeling"), re.escape(name)
     if _OF_ROTATION.search(name):
-        return _is_rotary(kind)
-    found = importlib.util.find_spec(kind.__module__.replace(".configuration_", ".modeling_"))
-    code = "" if found is None or found.origin is None else Path(found.origin).read_text(encoding="utf-8")
-    word = re.escape(name)
+        if name in _OF_ALL_ROTARY:
+            return _is_rotary(kind)
+        if name == "partial_rotary_factor":  # moved among rope_parameters, where not every family looks for it
+            return name in code
+        return re.search(rf"kwargs\.\w+\([\"']{word}[\"']", _code_of(kind, "configuration")) is not None
     return re.search(rf"config\.{word}\b|attr\([\w.]*config, [\"']{word}[\"']", code) is not None
 
 
+def _code_of(kind: type[PreTrainedConfig], part: str) -> str:
+    """The text of a family's ``modeling`` or ``configuration`` file."""
+    found = importlib.util.find_spec(kind.__module__.replace(".configuration_", f".{part}_"))
+    return "" if found is None or found.origin is None else Path(found.origin).read_text(encoding="utf-8")
+
+
+def _meaning(name: str) -> tuple[tuple[Any, ...] | None, str]:
+    """The values of an entry that change nothing, None for all, and what the others mean."""
+    return COMPUTING.get(name) or (_NO_ROTATION if _OF_ROTATION.search(name) else (None, ""))
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    neutral = _meaning(name)[0]
+    if value is True:  # which equals 1
+        return neutral is None or any(each is True for each in neutral)
+    return neutral is None or value in neutral
+
+
 def _is_record(name: str) -> bool:
-    known = name in _RECORDS or name in COMPUTING or name in GenerationConfig._get_default_generation_params()
+    known = (
+        name in _RECORDS or _meaning(name)[0] is not None or name in GenerationConfig._get_default_generation_params()
+    )
     return known or _OF_TRAINING.search(name) is not None
 
 
@@ -148,7 +175,8 @@ def _is_usual(name: str, raw: Mapping[str, Any], kind: type[PreTrainedConfig]) -
 
 
 def _is_rotary(kind: type[PreTrainedConfig]) -> bool:
-    return issubclass(kind, RotaryEmbeddingConfigMixin)
+    """By the code of the model: every configuration class of transformers has the methods for rotary embeddings."""
+    return "RotaryEmbedding" in _code_of(kind, "modeling")
 
 
 def _warn_of_code(raw: Mapping[str, Any], file: Path) -> None:
