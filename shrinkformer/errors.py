@@ -4,6 +4,10 @@ Every message says what is wrong, where (flag, file or layer), the value, and wh
 Commands turn :class:`InputError` into exit code 2 and every other :class:`ShrinkformerError` into exit code 1.
 """
 
+import sys
+import warnings
+from types import FrameType
+
 
 class ShrinkformerError(Exception):
     """Base class of everything that this package raises on purpose."""
@@ -47,3 +51,19 @@ class OutOfMemoryError(ShrinkformerError):
 
 class ShrinkformerWarning(UserWarning):
     """Something that the user should know about a result that is defined all the same; commands show it as one line."""
+
+
+def warn(message: str) -> None:
+    """Warn, with the line that called this package as its place: the one that can be changed.
+
+    Warns:
+        ShrinkformerWarning: Always.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    level = outside = 1
+    while frame is not None:
+        level += 1
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == __package__:
+            outside = level + 1
+        frame = frame.f_back
+    warnings.warn(message, ShrinkformerWarning, stacklevel=outside)

@@ -1,6 +1,7 @@
 """Whatever people pass: every form of the same examples gives the same plan, and anything else is one clear error."""
 
 import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
@@ -244,6 +245,15 @@ def test_the_text_itself_goes_before_its_words() -> None:
 def test_texts_and_words_are_not_mixed() -> None:
     with pytest.raises(InputError, match="mixes texts, pairs of texts and lists of words"):
         as_batches([("a b", "c"), ["d", "e", "f"]], MODEL, tokenizer=TOKENIZER)
+
+
+def test_warnings_point_at_the_caller() -> None:
+    config = shrinkformer.PruneConfig(method="stat")
+    with pytest.warns(ShrinkformerWarning, match=r"1 of \d+ calibration examples have no tokens") as found:
+        shrinkformer.prune_(build_model(), [*ROWS, {"input_ids": torch.zeros(0, dtype=torch.int64)}], config)
+    with pytest.warns(ShrinkformerWarning, match="calibration tokens are fewer than .* give more examples") as few:
+        shrinkformer.prune_model(build_model(), ROWS[:1], mu=0.5, method="stat")
+    assert {Path(str(one.filename)) for one in (*found, *few)} == {Path(__file__)}
 
 
 WRONG: dict[str, tuple[Any, str]] = {

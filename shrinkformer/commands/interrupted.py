@@ -1,6 +1,5 @@
 """What an interrupted run of a command left, and who may write now."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -9,7 +8,7 @@ from typing import Any
 
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.session import Job, Session
-from shrinkformer.errors import ShrinkformerWarning
+from shrinkformer.errors import warn
 from shrinkformer.evaluate.labels import output_names
 from shrinkformer.pictures.runs import number, read_runs
 from shrinkformer.prune.budget import Budget
@@ -79,11 +78,9 @@ def open_ledger(session: Session) -> None:
     job.workers.barrier()
     before = ledger.earlier.get(WEIGHTS, found[WEIGHTS])
     if before != found[WEIGHTS] and job.workers.is_main:
-        warnings.warn(
+        warn(
             f"{options.output_dir / job.folder}...: another model that is called {job.source.name}, too, was reported "
-            "here; its checkpoints are replaced (another --output_dir keeps both)",
-            ShrinkformerWarning,
-            stacklevel=2,
+            "here; its checkpoints are replaced (another --output_dir keeps both)"
         )
     if ledger.news:
         job.say(ledger.news)

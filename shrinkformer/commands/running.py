@@ -1,6 +1,5 @@
 """What all commands do once their inputs are read: check, load, evaluate, then a step for each budget, and report."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ from shrinkformer.commands.publishing import Publisher
 from shrinkformer.commands.report import Run, write_report
 from shrinkformer.commands.session import Job, Session, measure_dense
 from shrinkformer.efficiency.rounding import Rounding, choose_multiple
-from shrinkformer.errors import InputError, ShrinkformerWarning
+from shrinkformer.errors import InputError, warn
 from shrinkformer.pictures.overview import overview
 from shrinkformer.pictures.run_page import run_title
 from shrinkformer.pictures.runs import RunRecord
@@ -161,12 +160,10 @@ def _require_blocks(
             f"are allowed or free; allow more, {remedy}."
         )
     if footprint.streamed > limit:
-        warnings.warn(
+        warn(
             f"--max_memory: one block with its statistics takes about {footprint.streamed / GIB:,.2g} GiB beside "
             f"Python and the libraries, more than the {limit / GIB:,.2g} GiB that are allowed or free; it is tried "
-            "all the same",
-            ShrinkformerWarning,
-            stacklevel=2,
+            "all the same"
         )
 
 

@@ -4,13 +4,12 @@ Demo models, and ``--bundled_data``, take the samples at once. Others take them 
 hub cannot be reached, which is said: figures on an excerpt are not those of the whole data set.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
 from shrinkformer.commands.options import PruneOptions
-from shrinkformer.errors import MissingDataError, ShrinkformerWarning
+from shrinkformer.errors import MissingDataError, warn
 
 Options = TypeVar("Options", bound=PruneOptions)
 Data = TypeVar("Data")
@@ -39,9 +38,5 @@ def read_or_sample(options: Options, read: Callable[[Options], Data], *, demo: b
             raise
         found = read(replace(options, bundled_data=True))
         said = str(error)
-    warnings.warn(
-        f"{said}. Until then the samples in the package are used: figures are those of an excerpt",
-        ShrinkformerWarning,
-        stacklevel=2,
-    )
+    warn(f"{said}. Until then the samples in the package are used: figures are those of an excerpt")
     return found, True

@@ -1,6 +1,5 @@
 """Read the tokenizer of a checkpoint, and check that the model has an embedding for what it makes."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from shrinkformer.architectures import ENCODERS
 from shrinkformer.commands.locate import Source
-from shrinkformer.errors import CheckpointError, InputError, ShrinkformerWarning
+from shrinkformer.errors import CheckpointError, InputError, warn
 from shrinkformer.trust.foreign import foreign_errors
 from shrinkformer.trust.tokenizers import require_known_tokens, require_sane, require_tokenizer_files
 
@@ -46,12 +45,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     except CheckpointError as error:
         raise InputError(f"--model_name {source.name}: {error}") from None
     if tokenizer.padding_side == "left" and _counts_columns(source.config):
-        warnings.warn(
+        warn(
             f"--model_name {source.name}: its tokenizer pads on the left, but the model counts positions from the first"
             " column; here texts are padded on the right, elsewhere outputs will depend on the texts beside them: "
-            'save the tokenizer with padding_side="right"',
-            ShrinkformerWarning,
-            stacklevel=2,
+            'save the tokenizer with padding_side="right"'
         )
     _leave_out_types(source, tokenizer)
     checked: PreTrainedTokenizerBase = tokenizer
@@ -73,11 +70,9 @@ def _leave_out_types(source: Source, tokenizer: Any) -> None:
     if getattr(source.config, "type_vocab_size", None) != 1 or "token_type_ids" not in tokenizer.model_input_names:
         return
     if any(tokenizer("a", "b").get("token_type_ids", [])):
-        warnings.warn(
+        warn(
             f"--model_name {source.name}: its tokenizer tells the texts of a pair apart by token types, its "
-            "config.json knows one (type_vocab_size 1); they are left out, in the saved tokenizer, too",
-            ShrinkformerWarning,
-            stacklevel=2,
+            "config.json knows one (type_vocab_size 1); they are left out, in the saved tokenizer, too"
         )
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names

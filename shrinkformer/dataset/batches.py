@@ -1,6 +1,5 @@
 """Whatever people hold examples in, as the batches that everything here computes with: one reader for every door."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 from shrinkformer.architectures.heads import chooses
 from shrinkformer.architectures.limits import has_position_table, max_positions
 from shrinkformer.dataset.given import INPUTS, WAYS, Piece, Text, Values, Words, dimensions, pieces_of, shape_of
-from shrinkformer.errors import InputError, ShrinkformerWarning
+from shrinkformer.errors import InputError, warn
 from shrinkformer.utils.inputs import require_padding_id
 
 Batch = Mapping[str, Tensor]
@@ -160,12 +159,12 @@ class _Reader:
 
     def _warn(self) -> None:
         if self._unmasked:
-            _warn(
+            warn(
                 f"{self._unmasked} of {self._taken} calibration examples have no attention_mask and end or begin with "
                 f"padding (id {_pad_id(self._model)}), which counts as tokens; pass attention_mask beside input_ids"
             )
         if self._without_tokens:
-            _warn(f"{self._without_tokens} of {self._taken} calibration examples have no tokens; they are left out")
+            warn(f"{self._without_tokens} of {self._taken} calibration examples have no tokens; they are left out")
 
     def _tokenized(self) -> list[dict[str, Values]]:
         """The texts as single examples."""
@@ -247,7 +246,7 @@ def _encode(texts: Sequence[Any], tokenizer: Any, model: PreTrainedModel) -> lis
     whole = tokenizer(*columns, padding=False, truncation=False, verbose=False, is_split_into_words=split)
     cut = sum(len(ids) > limit for ids in whole["input_ids"])
     if cut:
-        _warn(f"{cut} of {len(texts)} texts have more than {limit} tokens, and are cut there")
+        warn(f"{cut} of {len(texts)} texts have more than {limit} tokens, and are cut there")
         whole = tokenizer(*columns, padding=False, truncation=True, max_length=limit, is_split_into_words=split)
     names = [name for name in INPUTS if name in whole]
     return [
@@ -282,7 +281,7 @@ def _known_types(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, 
     """Without the token types of a tokenizer whose model tells none apart."""
     sizes = getattr(model.config, "type_vocab_size", None)
     if sizes == 1 and "token_type_ids" in batch and bool(batch["token_type_ids"].any()):
-        _warn("the examples have token types 0 and 1, the model knows one: they are left out")
+        warn("the examples have token types 0 and 1, the model knows one: they are left out")
         return {name: value for name, value in batch.items() if name != "token_type_ids"}
     return batch
 
@@ -314,7 +313,3 @@ def _require_fit(batches: Sequence[Batch], model: PreTrainedModel) -> None:
         )
     if any(len(batch["input_ids"]) > 1 for batch in batches):
         require_padding_id(model)
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, ShrinkformerWarning, stacklevel=2)

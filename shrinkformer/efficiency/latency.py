@@ -1,7 +1,6 @@
 """How long a call takes: candidates are timed in turns, so that a noisy machine slows all of them alike."""
 
 import time
-import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shrinkformer.architectures.heads import chooses
-from shrinkformer.errors import InputError, ShrinkformerWarning
+from shrinkformer.errors import InputError, warn
 from shrinkformer.utils.memory import free_memory, is_out_of_memory
 from shrinkformer.utils.modes import evaluation_mode
 
@@ -137,9 +136,7 @@ def _timed_or_skipped(
         if not is_out_of_memory(error):
             raise
     free_memory()
-    warnings.warn(
-        f"latency {shape_name(shape)}: out of memory; this shape is left out", ShrinkformerWarning, stacklevel=3
-    )
+    warn(f"latency {shape_name(shape)}: out of memory; this shape is left out")
     return {}
 
 

@@ -1,12 +1,11 @@
 """Which output of a classifier is which label of the data: by name, never by position where a name says otherwise."""
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shrinkformer.dataset.tasks import Task
-from shrinkformer.errors import CheckpointError, ShrinkformerWarning
+from shrinkformer.errors import CheckpointError, warn
 from shrinkformer.evaluate.paired import STDERR
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def label_columns(task: Task, config: Any, examples: "datasets.Dataset | None" =
     found = _matched(wanted, ours)
     if found is not None:
         read = ", ".join(f"{outputs[column]} as {name}" for name, column in zip(names, found, strict=True))
-        _warn(f"{lists}; label names are read so: {read}")
+        warn(f"{lists}; label names are read so: {read}")
         return found
     astray = [name for name in wanted if name in ours and ours.index(name) != wanted.index(name)]
     if astray:
@@ -110,7 +109,7 @@ def label_columns(task: Task, config: Any, examples: "datasets.Dataset | None" =
             f"{lists}; {', '.join(astray)} stands in another place, and the other labels cannot be matched by name; "
             "name all of them in id2label of config.json."
         )
-    _warn(f"{lists}; these label names cannot be matched, so outputs are taken in the order in which they stand")
+    warn(f"{lists}; these label names cannot be matched, so outputs are taken in the order in which they stand")
     return None
 
 
@@ -150,8 +149,4 @@ def warn_below_chance(task: Task, metrics: Mapping[str, float], config: Any) -> 
             f"than the labels of {task.name} ({', '.join(_GLUE.get(task.name, ()))}): correct id2label in config.json"
         )
     figures = f"{name} of the model is {value:.3f} (standard error {error:.3f}), below chance ({chance:.3f})"
-    _warn(f"task {task.name}: {figures}; {cause}")
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, ShrinkformerWarning, stacklevel=3)
+    warn(f"task {task.name}: {figures}; {cause}")

@@ -1,6 +1,5 @@
 """What calibration examples cannot tell about the columns of activations, said in warnings with numbers."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import layer_views
 from shrinkformer.efficiency.macs import LayerSize
-from shrinkformer.errors import ShrinkformerWarning
+from shrinkformer.errors import warn
 from shrinkformer.prune.methods import is_fitted
 from shrinkformer.prune.moments import Moments
 from shrinkformer.prune.plan import Plan
@@ -38,12 +37,10 @@ def warn_of_few_tokens(model: PreTrainedModel, batches: Sequence[Mapping[str, Te
     }
     wide = [index for index, width in widths.items() if width > tokens]
     if wide:
-        warnings.warn(
+        warn(
             f"{tokens:,} calibration tokens are fewer than the {widths[wide[0]]:,} inputs of a layer that is fitted to "
-            f"them (in {len(wide)} of {len(views)} blocks, first in layer {wide[0]}); give more examples "
-            "(--sample_batch_size), some tokens for every input",
-            ShrinkformerWarning,
-            stacklevel=3,
+            f"them (in {len(wide)} of {len(views)} blocks, first in layer {wide[0]}); give more examples, some "
+            "tokens for every input (on the command line a larger file, or --sample_batch_size where it has more)"
         )
 
 
@@ -105,19 +102,15 @@ class ColumnSurvey:
         """
         if self.dead:
             layer, columns, count = max(self.dead, key=lambda found: found[2] / found[1])
-            warnings.warn(
+            warn(
                 f"{count:,} of {columns:,} inputs of {layer} are zero for every calibration token{_more(self.dead)}; "
-                "they can go for nothing, but other data may need them: give other or more examples",
-                ShrinkformerWarning,
-                stacklevel=2,
+                "they can go for nothing, but other data may need them: give other or more examples"
             )
         if self.huge:
             layer, columns, count, times = max(self.huge, key=lambda found: found[3])
-            warnings.warn(
+            warn(
                 f"{count:,} of {columns:,} inputs of {layer} are up to {times:.0e} times the median one"
-                f"{_more(self.huge)}; beside them the others hardly take part in refits",
-                ShrinkformerWarning,
-                stacklevel=2,
+                f"{_more(self.huge)}; beside them the others hardly take part in refits"
             )
 
 

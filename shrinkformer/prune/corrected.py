@@ -1,6 +1,5 @@
 """A configuration corrected by what the files of its checkpoint show: they are the model, it only describes them."""
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from shrinkformer.architectures import DECODERS, Architecture
 from shrinkformer.efficiency.macs import LayerSize
-from shrinkformer.errors import CheckpointError, ShrinkformerWarning
+from shrinkformer.errors import CheckpointError, warn
 from shrinkformer.prune.outlines import outline, stock_classes
 from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.prune.tensors import is_optional, stored_names
@@ -44,12 +43,10 @@ def correct_dtype(config: PreTrainedConfig, headers: Mapping[str, StoredTensor],
     others = [name for name, tensor in floating.items() if tensor.dtype != most]
     if others and getattr(config, "quantization_config", None) is None:
         first = others[0]
-        warnings.warn(
+        warn(
             f"{folder}: {len(others)} of {len(floating)} tensors, such as {shortened(first)}, are "
             f"{_in_words(floating[first].dtype)}, the others {_in_words(most)}; what is made from them is "
-            f"{_in_words(most)} throughout",
-            ShrinkformerWarning,
-            stacklevel=2,
+            f"{_in_words(most)} throughout"
         )
 
 
@@ -107,11 +104,9 @@ def correct_class(
     if len(fitting) == 1:
         config.architectures = fitting
     elif fitting and not named:
-        warnings.warn(
+        warn(
             f"{file} names no architectures, and the tensors fit {', '.join(fitting)}; add the right one, such as "
-            f'"architectures": ["{fitting[0]}"]',
-            ShrinkformerWarning,
-            stacklevel=2,
+            f'"architectures": ["{fitting[0]}"]'
         )
 
 

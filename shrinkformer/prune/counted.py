@@ -1,7 +1,6 @@
 """Blocks compute what their record counts, and nothing else: looked at before anything is learnt, without weights."""
 
 import copy
-import warnings
 
 import torch
 from torch import nn
@@ -9,7 +8,7 @@ from transformers import PreTrainedModel
 
 from shrinkformer.architectures import LayerView, find_architecture, layer_views, require_alike
 from shrinkformer.efficiency.macs import count_matmul_macs, model_macs
-from shrinkformer.errors import ShrinkformerWarning, UnsupportedModelError
+from shrinkformer.errors import UnsupportedModelError, warn
 from shrinkformer.prune.budget import layer_sizes
 from shrinkformer.trust.foreign import reason_of, shortened
 
@@ -45,11 +44,9 @@ def require_counted(model: PreTrainedModel) -> None:
     try:
         found = _count(model, [view.index for view in few])
     except Exception as error:  # code of any model, which may need whatever
-        warnings.warn(
+        warn(
             f"{type(model).__name__} cannot be run without weights ({reason_of(error)}), so that the products of "
-            "matrices in its blocks were not compared with what is counted",
-            ShrinkformerWarning,
-            stacklevel=2,
+            "matrices in its blocks were not compared with what is counted"
         )
         return
     if found != expected:

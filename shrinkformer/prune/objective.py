@@ -6,7 +6,6 @@ question answerer where answers begin and end, and a sentence encoder an embeddi
 """
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from shrinkformer.errors import ShrinkformerWarning, UnsupportedModelError
+from shrinkformer.errors import UnsupportedModelError, warn
 from shrinkformer.prune.pooling import MEAN, SentenceHead, head_in_memory, read_head
 from shrinkformer.prune.samples import spread
 from shrinkformer.prune.sentence_encoder import SIDE_PATTERNS
@@ -199,11 +198,9 @@ def sentence_head_of(location: str) -> SentenceHead:
     folder = some_files(location, SIDE_PATTERNS) if location else None
     found = None if folder is None else read_head(folder)
     if found is None:
-        warnings.warn(
+        warn(
             f"{location or 'the model'} has no head and no modules.json: it is judged by the mean of its tokens, "
-            "of length one, as most sentence encoders are used",
-            ShrinkformerWarning,
-            stacklevel=2,
+            "of length one, as most sentence encoders are used"
         )
     return found or MEAN
 

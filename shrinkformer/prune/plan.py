@@ -2,12 +2,11 @@
 
 import json
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from shrinkformer.errors import InputError, ShrinkformerWarning
+from shrinkformer.errors import InputError, warn
 
 SURPRISE = 3.0
 """Times the predicted damage that a model may do on examples set aside."""
@@ -153,10 +152,8 @@ def warn_of_surprise(plan: Plan) -> None:
     """
     predicted, measured = plan.prediction["predicted"], plan.prediction["measured"]
     if measured > SURPRISE * predicted:
-        warnings.warn(
+        warn(
             f"mu {plan.mu:g}: on examples set aside the divergence from the dense model is {measured:.5f}, more than "
             f"{SURPRISE:g} times the {predicted:.5f} that was predicted; the examples may be too few "
-            "(--sample_batch_size) or unlike each other",
-            ShrinkformerWarning,
-            stacklevel=3,
+            "or unlike each other"
         )

@@ -1,14 +1,13 @@
 """Tensors of files by the names that a model has for them: each is used, left out with a word, or an error."""
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from shrinkformer.errors import CheckpointError, ShrinkformerWarning
+from shrinkformer.errors import CheckpointError, warn
 from shrinkformer.prune.outlines import stock_heads
 from shrinkformer.trust.foreign import shortened
 
@@ -103,11 +102,9 @@ def require_used(model: PreTrainedModel, unused: Iterable[str], where: str) -> N
     lost = [name for name in left if name.partition(".")[0] not in heads]
     if lost:
         raise CheckpointError(f"{where}{type(model).__name__} has no place for {_counted(lost)}; {_cause_of(lost)}")
-    warnings.warn(
+    warn(
         f"{where}{type(model).__name__} has no place for the head in the file ({_counted(left)}), which is left out; "
-        "if the model needs it, use a class that has it (architectures in config.json)",
-        ShrinkformerWarning,
-        stacklevel=2,
+        "if the model needs it, use a class that has it (architectures in config.json)"
     )
 
 

@@ -1,11 +1,9 @@
 """Whether the type that scales are stored in holds the scales that a weight needs."""
 
-import warnings
-
 import torch
 from torch import Tensor
 
-from shrinkformer.errors import NumericalError, ShrinkformerWarning
+from shrinkformer.errors import NumericalError, warn
 from shrinkformer.quantize.scheme import Scheme
 
 MANY = 0.01
@@ -40,9 +38,7 @@ def require_scales(name: str, weight: Tensor, scheme: Scheme, dtype: torch.dtype
         )
     lost = int(((peaks > 0) & (peaks < scheme.middle * limits.smallest_normal)).sum())
     if lost > MANY * peaks.numel():
-        warnings.warn(
+        warn(
             f"{lost:,} of {peaks.numel():,} groups of {name} hold weights too small for scales in {kind}; they become "
-            "coarser or 0: save the dense checkpoint in bfloat16 and start from that",
-            ShrinkformerWarning,
-            stacklevel=2,
+            "coarser or 0: save the dense checkpoint in bfloat16 and start from that"
         )

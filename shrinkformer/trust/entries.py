@@ -7,7 +7,6 @@ knows, the user hears.
 
 import importlib.util
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import transformers
 from transformers import GenerationConfig, PreTrainedConfig
 
-from shrinkformer.errors import CheckpointError, ShrinkformerWarning
+from shrinkformer.errors import CheckpointError, warn
 from shrinkformer.trust.foreign import shortened
 
 _OFF: tuple[Any, ...] = (None, False, 0, [], {}, "")
@@ -111,11 +110,9 @@ def require_known_entries(raw: Mapping[str, Any], kind: type[PreTrainedConfig], 
     strange = [name for name, value in unread.items() if value not in _OFF and not _is_record(name)]
     if strange:
         shown = shortened(", ".join(f"{name}: {unread[name]!r}" for name in strange))
-        warnings.warn(
+        warn(
             f"{file}: nothing in transformers reads {shown}; if that changes what the model computes, do not use this "
-            "checkpoint, otherwise remove it from the file",
-            ShrinkformerWarning,
-            stacklevel=2,
+            "checkpoint, otherwise remove it from the file"
         )
     _warn_of_code(raw, file)
 
@@ -184,9 +181,7 @@ def _warn_of_code(raw: Mapping[str, Any], file: Path) -> None:
     named = named if isinstance(named, dict) else {}
     foreign = sorted(str(value) for value in named.values() if "pruned_modeling." not in str(value))
     if foreign:
-        warnings.warn(
+        warn(
             f"{file}: auto_map names code of the model's own ({shortened(', '.join(foreign))}), which is never "
-            f"run; the {raw.get('model_type')} of transformers is used, compare its outputs with what you know",
-            ShrinkformerWarning,
-            stacklevel=2,
+            f"run; the {raw.get('model_type')} of transformers is used, compare its outputs with what you know"
         )

@@ -2,14 +2,13 @@
 
 import errno
 import gc
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from shrinkformer.errors import OutOfMemoryError, ShrinkformerWarning
+from shrinkformer.errors import OutOfMemoryError, warn
 
 T = TypeVar("T")
 Batch = Mapping[str, Tensor]
@@ -136,9 +135,7 @@ def _examples(batch: Batch) -> int:
 def _half(most: int, what: str) -> int:
     half = (most + 1) // 2
     free_memory()
-    warnings.warn(
-        f"{what}: out of memory with {most} examples at a time; going on with {half}", ShrinkformerWarning, stacklevel=3
-    )
+    warn(f"{what}: out of memory with {most} examples at a time; going on with {half}")
     return half
 
 
