@@ -206,6 +206,7 @@ class TestExamples:
         yield {
             "shrinkformer": shrinkformer,
             "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
+            "pipeline": transformers.pipeline,
             "source": "models/all-MiniLM-L6-v2/similarity",
             "texts": texts,
             "model": classifier,
@@ -214,7 +215,16 @@ class TestExamples:
             "batches": batches,
             "train_dataset": rows,
         }
-        for folder in ("smaller", "smaller-again", "smaller-int4", "trained-and-smaller", "adapted", "run", "folder"):
+        for folder in (
+            "smaller",
+            "smaller-again",
+            "smaller-int4",
+            "trained-and-smaller",
+            "adapted",
+            "adapter",
+            "run",
+            "folder",
+        ):
             shutil.rmtree(work / folder, ignore_errors=True)
 
     @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])

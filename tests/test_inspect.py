@@ -136,6 +136,20 @@ def test_the_two_lines_load_the_model(kind: str, tmp_path: Path, capsys: Capture
     assert count_parameters(scope["model"]) == found["parameters"]
 
 
+def test_a_sentence_encoder_is_opened_with_its_pooling(tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("sentence_transformers")
+    result = shrinkformer.prune_model(
+        build_model(head="Model"), make_batches([5, 9], batch_size=2), mu=0.5, method="stat"
+    )
+    shrinkformer.save(result.model, tmp_path / "small", tokenizer=build_tokenizer(), sentence_encoder=True)
+    lines = facts(capsys, tmp_path / "small")["loading"]
+    assert lines[1].startswith("model = shrinkformer.load(")
+    scope: dict[str, Any] = {}
+    exec("\n".join(lines), scope)
+    assert len(scope["encoder"]) == 3
+    assert count_parameters(scope["model"]) == count_parameters(scope["encoder"])
+
+
 def test_words_page_and_png(tmp_path: Path, capsys: Capture) -> None:
     result = pruned()
     shrinkformer.save(result.model, tmp_path / "<b>small", plan=result.plan)

@@ -21,6 +21,7 @@ from shrinkformer.prune.checkpoint import PLAN_FILE
 from shrinkformer.prune.opening import open_config, shapes_of
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.pruned_modeling import auto_class
+from shrinkformer.prune.sentence_encoder import MODULES
 from shrinkformer.prune.surgery import kept_sizes
 from shrinkformer.quantize.headers import READABLE, StoredTensor, block_of, read_headers, read_quantization
 from shrinkformer.trust.foreign import reason_of
@@ -104,7 +105,21 @@ def read_facts(source: Source, sequence_length: float | None) -> dict[str, Any]:
 
 
 def loading_lines(source: Source, files: Sequence[str]) -> list[str]:
-    """Two lines of Python that open the model."""
+    """Lines of Python that open the model; of a sentence encoder also those that open it with its pooling."""
+    lines = _opening_lines(source, files)
+    quantized = getattr(source.config, "quantization_config", None)
+    if quantized or "onnx" in lines[0] or not (Path(source.location) / MODULES).is_file():
+        return lines
+    trust = ", trust_remote_code=True" if source.pruned else ""
+    return [
+        *lines,
+        "# or, with its pooling:",
+        "from sentence_transformers import SentenceTransformer",
+        f"encoder = SentenceTransformer({source.location!r}{trust})",
+    ]
+
+
+def _opening_lines(source: Source, files: Sequence[str]) -> list[str]:
     if files and all(".onnx" in name for name in files):
         path = str(Path(source.location) / next(name for name in files if name.endswith(".onnx")))
         return ["import onnxruntime", f"session = onnxruntime.InferenceSession({path!r})"]
