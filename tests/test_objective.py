@@ -61,6 +61,13 @@ class TestHeads:
     def test_rules_of_transformers(self, head: str, sizes: dict[str, Any], expected: Logits) -> None:
         assert objective_of(build_model("bert", head, **sizes)).logits is expected
 
+    @pytest.mark.parametrize("problem", ["multi-label", "multi_label", "classification"])
+    def test_others_are_refused(self, problem: str) -> None:
+        model = build_model(num_labels=3)
+        vars(model.config)["problem_type"] = problem  # transformers checks it where it is set, in some versions
+        with pytest.raises(UnsupportedModelError, match=f"problem_type .*'{problem}'.* regression, single_label_class"):
+            objective_of(model)
+
     def test_independent_labels_are_binary_cross_entropies(self) -> None:
         model = build_model(num_labels=4, problem_type=MULTI)
         first, second = normal(5, 4), normal(5, 4, seed=1)

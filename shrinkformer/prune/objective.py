@@ -162,6 +162,7 @@ def objective_of(model: nn.Module) -> Objective:
 
     Raises:
         CheckpointError: It is a sentence encoder with a module that this package does not know.
+        UnsupportedModelError: Its ``problem_type`` is none of transformers.
 
     Warns:
         ShrinkformerWarning: It has no head, and no file says what its embeddings are.
@@ -213,9 +214,20 @@ def _logits_of(model: nn.Module) -> Logits:
     if any(name.endswith(("ForMultipleChoice", "ForNextSentencePrediction")) for name in names):
         return Logits.ONE_CLASS
     config = getattr(model, "config", None)
-    problem, labels = str(getattr(config, "problem_type", None)), getattr(config, "num_labels", None)
-    known = {"multi_label_classification": Logits.LABELS, "regression": Logits.NUMBERS}
-    return known.get(problem, Logits.NUMBERS if labels == 1 else Logits.ONE_CLASS)
+    problem, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+    usual = Logits.NUMBERS if labels == 1 else Logits.ONE_CLASS
+    if problem is None:
+        return usual
+    known = {
+        "regression": Logits.NUMBERS,
+        "single_label_classification": usual,
+        "multi_label_classification": Logits.LABELS,
+    }
+    if problem not in known:
+        raise UnsupportedModelError(
+            f"problem_type in config.json is {problem!r}; transformers knows {', '.join(known)}, or null: correct it."
+        )
+    return known[problem]
 
 
 def _of_tokens(logits: Tensor, mask: Tensor) -> Tensor:
