@@ -181,7 +181,7 @@ def _of_names(item: Mapping[str, Any], where: str, *, batch: bool) -> Piece:
     """A batch or example with names."""
     if "input_ids" in item:
         try:
-            columns = {name: integers(item[name]) for name in INPUTS if item.get(name) is not None}
+            columns = {name: _or_empty(item[name]) for name in INPUTS if item.get(name) is not None}
         except _NoNumbersError:
             shown = {name: described(item[name]) for name in INPUTS if name in item}
             raise InputError(f"{where}: {shown}, which are no integers; {WAYS}.") from None
@@ -315,10 +315,14 @@ def integers(value: Any) -> Values:
         raise _NoNumbersError
     if all(isinstance(number, int | np.integer | bool) for number in value):
         return torch.tensor([int(number) for number in value])
-    parts = [integers(part) if _is_full(part) else torch.zeros(0, dtype=torch.int64) for part in value]
+    parts = [_or_empty(part) for part in value]
     if all(isinstance(part, Tensor) and part.shape == shape_of(parts[0]) for part in parts):
         return torch.stack([torch.as_tensor(part) for part in parts])
     return parts
+
+
+def _or_empty(value: Any) -> Values:
+    return integers(value) if _is_full(value) else torch.zeros(0, dtype=torch.int64)
 
 
 def _is_full(value: Any) -> bool:
