@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -182,6 +183,7 @@ def test_the_folder_is_whole(way: str, again: str, saved: dict[str, Path]) -> No
     config = json.loads((folder / "config.json").read_text())
     (name,) = config["architectures"]
     assert config["auto_map"]["AutoModel"].endswith("Model")
+    assert config["auto_map"][CLASSIFIER].endswith("ForSequenceClassification")  # of any folder a new head can be made
     assert config["auto_map"][auto] == f"pruned_modeling.{name}"
     assert "plan_text" not in config
     assert {"format", "architecture", "layers", "plan"} <= set(config["shrinkformer"])
@@ -217,6 +219,35 @@ def test_the_class_of_a_model_loads_it(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "small")
     again = type(model).from_pretrained(tmp_path / "small").eval()
     assert torch.equal(again(**BATCHES[0])[0], model(**BATCHES[0])[0])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "auto"),
+    [("bert", "AutoModelForTokenClassification"), ("gpt2", CLASSIFIER), ("opt", CLASSIFIER)],
+)
+def test_pruned_base_models_take_any_head(architecture: str, auto: str, tmp_path: Path) -> None:
+    base = in_place(architecture).base_model
+    base.save_pretrained(tmp_path)
+    model = getattr(transformers, auto).from_pretrained(tmp_path, trust_remote_code=True, num_labels=5)
+    assert model.num_labels == 5
+    assert type(model).__name__ == auto.replace("AutoModel", type(base).__name__.removesuffix("Model"))
+    before = base.state_dict()  # a pooler that the head does not use is left out
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.base_model.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_pruned_models_from_a_configuration_are_initialised(architecture: str, tmp_path: Path) -> None:
+    pruned = in_place(architecture)
+    pruned.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    fresh = transformers.AutoModel.from_config(config, trust_remote_code=True)
+    sizes = {name: tensor.shape for name, tensor in pruned.base_model.named_parameters()}
+    for name, tensor in fresh.named_parameters():
+        assert tensor.shape == sizes[name]
+        if tensor.ndim == 2:
+            assert 0 < tensor.std() < 2 * config.initializer_range
+        else:
+            assert bool(((tensor == 0) | (tensor == 1)).all())
 
 
 @pytest.mark.parametrize("method", ["shrink", "stat", "kwon", "kprune"])

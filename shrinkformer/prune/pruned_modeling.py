@@ -233,6 +233,9 @@ def pruned_class(stock: Any) -> type[PreTrainedModel]:
             config.per_layer_config = overrides
         if _is_sized(config):  # overrides cannot say widths of heads
             resize_model(self, config)
+            for module in self.base_model.get_submodule(config.shrinkformer["architecture"]["layers"]).modules():
+                vars(module).pop("_is_hf_initialized", None)  # stock code initialised the layers before these
+            self.init_weights()  # nothing on the meta device, where from_pretrained builds models
             adopt(self)
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -283,10 +286,14 @@ def auto_class(architecture: str) -> str:
 
 
 def _auto_map(config: PreTrainedConfig) -> dict[str, str]:
-    """Which class of the folder each Auto class should use."""
+    """Which class of the folder each Auto class should use: the model's own, and all others of its family."""
     module, name = Path(__file__).stem, (config.architectures or [""])[0]
-    base: Any = transformers.MODEL_MAPPING[_stock(type(config))]
-    entries = {"AutoModel": f"{module}.{base.__name__}"}
+    stock, entries = _stock(type(config)), dict[str, str]()
+    for auto in (name for name in dir(transformers) if name.startswith("AutoModel")):  # new heads are made by these
+        classes = getattr(getattr(transformers, auto), "_model_mapping", {})
+        made = classes.get(stock, None)
+        if isinstance(made, type) and hasattr(transformers, made.__name__):
+            entries[auto] = f"{module}.{made.__name__}"
     if auto_class(name) != "AutoModel" and hasattr(transformers, name):
         entries[auto_class(name)] = f"{module}.{name}"
     return entries
