@@ -17,7 +17,7 @@ from shrinkformer.commands.locate import Source, load_model
 from shrinkformer.errors import CheckpointError, ShrinkformerWarning
 from shrinkformer.prune.lazy import load_lazily
 from shrinkformer.prune.opening import load_pretrained, open_config
-from shrinkformer.prune.tensors import wholes_of
+from shrinkformer.prune.tensors import require_stored, wholes_of
 from shrinkformer.quantize.checkpoint import save
 from shrinkformer.quantize.config import QuantizeConfig
 from shrinkformer.quantize.quantizer import quantize_
@@ -237,6 +237,16 @@ class TestTensors:
         folder = checkpoint(tmp_path, family, head, change=added(name, 2, 32))
         with pytest.warns(ShrinkformerWarning, match=rf"no place for the head in the file \({name}\)"):
             open_config(folder)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_whole_file_lacks_nothing_and_one_of_the_base_its_head(self, family: str, tmp_path: Path) -> None:
+        model = build_model(family)
+        model.save_pretrained(tmp_path)  # what is tied is there once
+        require_stored(model, load_file(tmp_path / "model.safetensors"), "mine: ")
+        base = model.base_model.state_dict()
+        if not set(model.all_tied_weights_keys):
+            with pytest.raises(CheckpointError, match=r"mine: the weight files lack"):
+                require_stored(model, base, "mine: ")
 
     def test_a_head_that_is_not_asked_for_is_left_out_with_a_warning(self, tmp_path: Path) -> None:
         folder = checkpoint(tmp_path)

@@ -105,6 +105,14 @@ def test_entries(
     assert line in last
 
 
+def test_a_head_that_is_not_in_the_file(tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny(tmp_path, "llama", "Model", config={"architectures": ["LlamaForCausalLM"]})
+    for main, arguments in ((opt_eval.main, ()), (prune_opt.main, ("--mu", "0.5", "--dry_run"))):
+        code, out, line = said(main, data_dir, folder, capsys, *arguments)
+        assert (code, "loading" in out) == (2, False)
+        assert "the weight files lack lm_head.weight, which config.json describes" in line
+
+
 def test_without_a_class_the_tensors_tell(tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny(tmp_path, "llama", config={"architectures": ...})
     assert said(opt_eval.main, data_dir, folder, capsys)[0] == 0

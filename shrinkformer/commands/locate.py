@@ -32,11 +32,12 @@ from shrinkformer.prune.opening import fetch_weights, load_pretrained, open_conf
 from shrinkformer.prune.pruned_modeling import auto_class
 from shrinkformer.prune.resources import BlockWeights, InMemory
 from shrinkformer.prune.sentence_encoder import MODULES, inner_model
+from shrinkformer.prune.tensors import require_stored
 from shrinkformer.quantize.checkpoint import load
 from shrinkformer.quantize.reading import find_format
 from shrinkformer.trust.folders import ADAPTER, adapter_in
 from shrinkformer.trust.foreign import foreign_errors, reason_of
-from shrinkformer.trust.weights import WEIGHT_FILES
+from shrinkformer.trust.weights import WEIGHT_FILES, read_weight_headers
 
 if TYPE_CHECKING:
     import datasets
@@ -329,6 +330,26 @@ def empty_model(source: Source, chosen: Any) -> PreTrainedModel:
             chosen(copy.deepcopy(source.config)) if source.pruned else chosen.from_config(copy.deepcopy(source.config))
         )
         return model
+
+
+def require_all_weights(source: Source, shapes: PreTrainedModel) -> None:
+    """Check that a folder holds all weights of the class that is going to be loaded, its head among them.
+
+    Args:
+        source: Where it is; what is on the hub, quantized or pruned is checked when it is loaded.
+        shapes: From :func:`empty_model`.
+
+    Raises:
+        InputError: One is missing.
+    """
+    if source.pruned or source.quantized or not Path(source.location).is_dir():
+        return
+    try:
+        headers = read_weight_headers(Path(source.location))
+        if headers:
+            require_stored(shapes, headers, f"{source.location}: ")
+    except CheckpointError as error:
+        raise InputError(f"--model_name {source.name}: {error}") from None
 
 
 def load_model(

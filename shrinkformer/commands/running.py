@@ -11,7 +11,7 @@ from shrinkformer.architectures import find_architecture, layer_views, require_a
 from shrinkformer.commands.console import block_progress, say
 from shrinkformer.commands.dry_run import describe
 from shrinkformer.commands.interrupted import alone, finish, is_finished, open_ledger, reported
-from shrinkformer.commands.locate import empty_model, load_model
+from shrinkformer.commands.locate import empty_model, load_model, require_all_weights
 from shrinkformer.commands.memory import GIB, Footprint, available_bytes
 from shrinkformer.commands.options import PruneOptions
 from shrinkformer.commands.preflight import Checks, as_input_error, preflight
@@ -54,6 +54,7 @@ def run_job(job: Job, options: PruneOptions, seconds: dict[str, float], step: St
             f"--model_name {job.source.name}: it is quantized already; pass the float checkpoint it was made from."
         )
     shapes = empty_model(job.source, job.chosen)
+    require_all_weights(job.source, shapes)
     footprint, limit = _footprint(job, options, shapes), _limit(job, options)
     lazily = job.workers.broadcast(footprint.resident > limit)  # what is free differs from moment to moment
     if lazily:

@@ -69,6 +69,26 @@ def require_all(model: PreTrainedModel, missing: Iterable[str], where: str) -> N
     raise CheckpointError(f"{where}the weight files lack {_counted(lacking)}, which config.json describes; {remedy}")
 
 
+def require_stored(model: PreTrainedModel, keys: Iterable[str], where: str) -> None:
+    """Check that files hold all weights of a model, as :func:`require_all` does once they are loaded.
+
+    Args:
+        model: It needs no weights.
+        keys: Names in the files.
+        where: Begins the message.
+
+    Raises:
+        CheckpointError: They lack one that is not tied to another.
+    """
+    if any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model)):
+        return  # names say nothing of what is put together from several tensors; loading tells
+    stored, tied = stored_names(model, keys).keys(), dict(model.all_tied_weights_keys)
+    shared = {name for pair in tied.items() if stored & set(pair) for name in pair}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = {name for name, _ in model.named_parameters()} - stored - shared
+    require_all(model, (name for name in missing if not any(each.search(name) for each in ignored)), where)
+
+
 def require_used(model: PreTrainedModel, unused: Iterable[str], where: str) -> None:
     """Check tensors of files that no part of a model takes.
 
