@@ -13,10 +13,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import prune as masks
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 import shrinkformer
 from shrinkformer.architectures import layer_views
+from shrinkformer.errors import UnsupportedModelError
 from shrinkformer.prune.checkpoint import describe_sizes
 from shrinkformer.prune.plan import Plan
 from shrinkformer.prune.refit import slice_consumer
@@ -248,6 +250,20 @@ def test_pruned_models_from_a_configuration_are_initialised(architecture: str, t
             assert 0 < tensor.std() < 2 * config.initializer_range
         else:
             assert bool(((tensor == 0) | (tensor == 1)).all())
+
+
+@pytest.mark.parametrize(("architecture", "name"), [("bert", "weight"), ("gpt2", "weight"), ("bert", "bias")])
+def test_layers_masked_by_torch_are_refused_before_anything_changes(architecture: str, name: str) -> None:
+    model = build_model(architecture)
+    masked = layer_views(model)[-1].feed_forward_output.module
+    masks.l1_unstructured(masked, name, amount=0.3)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(UnsupportedModelError, match=rf"layer 2: .*torch.nn.utils.prune.remove\(module, '{name}'\)"):
+        shrinkformer.prune_(model, BATCHES, FAST)
+    after = model.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    masks.remove(masked, name)
+    shrinkformer.prune_(model, BATCHES, FAST)
 
 
 @pytest.mark.parametrize("method", ["shrink", "stat", "kwon", "kprune"])

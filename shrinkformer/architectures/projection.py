@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 
@@ -27,6 +28,16 @@ class Projection:
             return cls(module, module.weight, module.bias)
         if isinstance(module, Conv1D):
             return cls(module, module.weight.T, module.bias)
+        return None
+
+    @staticmethod
+    def computed_by(module: nn.Module) -> str | None:
+        """What takes away that a layer's weight or bias is computed whenever it runs, or None where they are stored."""
+        for name in ("weight", "bias"):
+            if parametrize.is_parametrized(module, name):
+                return f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+            if f"{name}_orig" in dict(module.named_parameters(recurse=False)):
+                return f"torch.nn.utils.prune.remove(module, {name!r})"
         return None
 
     @property

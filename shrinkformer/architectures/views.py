@@ -52,6 +52,10 @@ class LayerView:
                 f"layer {self.index}: {path} is a {kind}, not a Linear layer of torch; "
                 "prune a float checkpoint, before any quantization, and merge adapters into it first."
             )
+        if remedy := Projection.computed_by(module):
+            raise UnsupportedModelError(
+                f"layer {self.index}: {path} computes its parameters from others whenever it runs; call {remedy} first."
+            )
         return projection
 
     @property
