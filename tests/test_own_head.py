@@ -216,3 +216,15 @@ class TestAgreement:
         found = compare(model, model, batches, objective_of(model)).metrics
         assert found["divergence"] == pytest.approx(0, abs=1e-9)
         assert found["cosine" if head == "Model" else "agreement"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("command", ["prune", "quantize"])
+def test_a_kind_of_answers_that_nobody_knows(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = checkpoint(tmp_path / "m") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"problem_type": "multi-label"}))
+    file = rows_file(tmp_path, "ForSequenceClassification")
+    assert run(command, "--model_name", "m", "--dry_run", "--calibration_file", file) == 2
+    assert "problem_type in config.json is 'multi-label'; transformers knows regression" in capsys.readouterr().err

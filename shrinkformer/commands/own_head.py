@@ -11,6 +11,7 @@ from shrinkformer.architectures.limits import max_positions
 from shrinkformer.commands.console import say
 from shrinkformer.commands.locate import class_of, embeddings_of, empty_model, find_own
 from shrinkformer.commands.options import EncoderOptions
+from shrinkformer.commands.preflight import as_input_error
 from shrinkformer.commands.session import Job
 from shrinkformer.commands.tokenizers import load_tokenizer
 from shrinkformer.dataset.batches import as_batches
@@ -44,7 +45,8 @@ def read_own_job(options: EncoderOptions, device: str, workers: Workers) -> Job:
     if workers.is_main:
         say(f"no --task_name: {source.name} keeps its head ({head.task}) and is judged by its own answers")
         say(f"  {texts.where}")
-    objective = embeddings_of(source) if head is BARE else objective_of(shapes)
+    with as_input_error(source):
+        objective = embeddings_of(source) if head is BARE else objective_of(shapes)
     length = min(128, max_positions(source.config), tokenizer.model_max_length)
     against = _Judge(judged, objective, mask_id, workers, device)
     return Job(

@@ -17,6 +17,7 @@ from shrinkformer.prune.budget import Budget, CostModel, Counts
 from shrinkformer.prune.checkpoint import may_be_replaced
 from shrinkformer.prune.counted import require_counted
 from shrinkformer.prune.latency_table import require_shape
+from shrinkformer.prune.objective import objective_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def preflight(
     if options.calibrates:
         with as_input_error(job.source):
             require_counted(model)
+            if job.objective is None:
+                objective_of(model)  # refuses kinds of answers that nobody knows
     if options.budget == "latency":
         require_shape(model, options.latency_shape)
     costs = [CostModel.of(layer_views(model), budget) for budget in budgets]
