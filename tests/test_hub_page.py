@@ -23,7 +23,7 @@ for language, block in json.load(open("blocks.json")):
     for line in block.splitlines():
         command, *flags = shlex.split(line)
         assert command == "shrinkformer", line
-        if flags[0] != "push":
+        if flags[0] == "prune":
             flags += ["--method", "stat", "--sample_batch_size", "16"]  # for speed
         missing = "tensorboard" in flags and importlib.util.find_spec("tensorboard") is None
         assert main(flags) == (2 if missing else 0), line
