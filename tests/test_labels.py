@@ -164,17 +164,13 @@ def renamed(work: Path, target: Path, *names: str) -> Path:
     return target
 
 
+def flags(work: Path, folder: Path) -> list[str]:
+    """Evaluate on the data of this file."""
+    return f"--task_name sst2 --data_dir {work / 'data'} --output_dir {folder / 'output'} --mu 1".split()
+
+
 def test_by_command_and_in_python(work: Path, tmp_path: Path, capsys: Any) -> None:
-    where = [
-        "--task_name",
-        "sst2",
-        "--data_dir",
-        str(work / "data"),
-        "--output_dir",
-        str(tmp_path / "output"),
-        "--mu",
-        "1",
-    ]
+    where = flags(work, tmp_path)
     said = {}
     for place, names in enumerate((("neg", "pos"), ("awful", "fine"), ("positive", "negative"))):
         folder = renamed(work, tmp_path / f"model{place}", *names)
@@ -212,16 +208,7 @@ def test_names_that_contradict_are_refused_before_anything_runs(work: Path, tmp_
 def test_a_tokenizer_that_pads_on_the_wrong_side_is_said(work: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(work / "model", tmp_path / "model")
     build_tokenizer(pad_left=True).save_pretrained(tmp_path / "model")
-    where = [
-        "--task_name",
-        "sst2",
-        "--data_dir",
-        str(work / "data"),
-        "--output_dir",
-        str(tmp_path / "output"),
-        "--mu",
-        "1",
-    ]
+    where = flags(work, tmp_path)
     found = {}
     for size in ("1", "32"):
         assert (

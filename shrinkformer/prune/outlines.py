@@ -1,4 +1,4 @@
-"""Heads that transformers has for a family, found from its own classes without weights."""
+"""Models that transformers has for a family, without weights and with one block: what stands around the blocks."""
 
 import copy
 import importlib

@@ -276,7 +276,7 @@ class Search:
         over = self._workers.broadcast(time.is_used())
         if over and self._seconds:
             self._cut_short = True
-            self._say(f"search cut short after {time}; a longer --search_seconds would go on")
+            self._say(time.cut_short())
         return over
 
     def _build(self, sizes: Sequence[LayerSize]) -> list[nn.Module]:

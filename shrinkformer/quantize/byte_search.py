@@ -91,7 +91,7 @@ class ByteSearch:
         spare = allowed - self.options.total({})
         draft = self._improved(self._first(spare), spare)
         if self._seconds and self._late():
-            self._say(f"search cut short after {self._time}; a longer --search_seconds would go on")
+            self._say(self._time.cut_short())
         self.options.leave()
         return Mixture(draft.state, draft.damage, self.options.total(draft.state))
 

@@ -50,6 +50,10 @@ class Allowance:
         """Seconds of work so far."""
         return work_seconds() + self._spared() - self._work
 
+    def cut_short(self) -> str:
+        """What a search says that ended because its seconds were over."""
+        return f"search cut short after {self}; a longer --search_seconds would go on"
+
     def __str__(self) -> str:
         """How long it really took: ``30 s of work, while other processes had the processor for 45 s more``."""
         waited = perf_counter() + self._spared() - self._wall - self.worked
